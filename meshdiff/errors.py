@@ -1,0 +1,22 @@
+"""What a person did that cannot work, told apart from what is wrong with the program."""
+
+from __future__ import annotations
+
+__all__ = ["InputError"]
+
+
+class InputError(ValueError):
+    """Input that cannot work: one line that names what was given and what to do about it.
+
+    Args:
+        source: the flag, file or argument that is wrong, as a person would type it.
+        problem: what is wrong with it and what would fit.
+    """
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(f"{source}: {problem}")
+        self.source = source
+        self.problem = problem
+
+    def __reduce__(self):  # travels between ranks
+        return type(self), (self.source, self.problem)

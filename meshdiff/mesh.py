@@ -1,0 +1,216 @@
+"""The device mesh: which ranks share a sequence, which share a guidance step.
+
+A mesh has *dims* named `cfg` and `cp`; ranks of one `cp` group are neighbours,
+so that the all-to-alls of attention stay inside a node and only the one
+all-gather of guidance crosses nodes. Everything that knows about rank numbers
+is in this file and in the attention strategies.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from meshdiff.errors import InputError
+
+__all__ = [
+    "Layout",
+    "check_gpus",
+    "init_distributed",
+    "init_mesh",
+    "launched_world_size",
+    "on_mesh",
+    "place",
+    "replicate_module",
+    "torchrun_command",
+]
+
+CFG, CP = "cfg", "cp"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each mesh dim has; the world is their product.
+
+    Attributes:
+        cfg: ranks that the guidance branches are divided between.
+        cp: ranks that the sequence is divided between.
+    """
+
+    cfg: int = 1
+    cp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (CFG, CP):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}", f"{getattr(self, name)} given, needs at least 1")
+
+    @property
+    def world_size(self) -> int:
+        return self.cfg * self.cp
+
+    def __str__(self) -> str:
+        return f"cfg{self.cfg}-cp{self.cp}"
+
+    @classmethod
+    def auto(cls, world_size: int, guided: bool = True) -> Layout:
+        """The layout to start with on `world_size` ranks.
+
+        Guidance parallelism communicates least, so a guided run takes `cfg=2`
+        wherever the world is even; the rest goes to the sequence.
+        """
+        cfg = 2 if guided and world_size % 2 == 0 else 1
+        return cls(cfg=cfg, cp=world_size // cfg)
+
+    @classmethod
+    def resolve(cls, world_size: int, branches: int, cfg: int | None = None, cp: int | None = None) -> Layout:
+        """The layout for what a person asked for: what they left out follows from the world.
+
+        In a world of one process the layout may ask for more: the caller then
+        has to start or to simulate them.
+
+        Args:
+            world_size: processes there are.
+            branches: guidance branches of a step; 1 without guidance.
+            cfg, cp: the sizes asked for; None to choose.
+
+        Raises:
+            InputError: if no layout of that world fits, with a command that does.
+        """
+        cls(cfg=1 if cfg is None else cfg, cp=1 if cp is None else cp)
+        if cfg is None and cp is None:
+            return cls.auto(world_size, guided=branches > 1)
+        if world_size == 1:
+            layout = cls(cfg=cfg or 1, cp=cp or 1)
+        else:
+            layout = cls(cfg=cfg or max(1, world_size // (cp or 1)), cp=cp or max(1, world_size // (cfg or 1)))
+        if layout.cfg > branches:
+            follows = "" if cfg else f" (what --cp {cp} leaves of {world_size} processes)"
+            raise InputError(
+                f"--cfg {layout.cfg}{follows}",
+                f"this run has {branches} guidance branch{'es' if branches > 1 else ''}"
+                f"{'' if branches > 1 else ' (guidance scale 1)'}; use --cfg {branches}",
+            )
+        if world_size not in (1, layout.world_size):
+            given = " ".join(f"--{name} {size}" for name, size in ((CP, cp), (CFG, cfg)) if size)
+            raise InputError(
+                given,
+                f"does not fit {world_size} processes; start it with: {torchrun_command(layout)}",
+            )
+        return layout
+
+
+def launched_world_size() -> int:
+    """The number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init_distributed(timeout: timedelta | None = None) -> None:
+    """Start `torch.distributed` from torchrun's environment; without torchrun, a world of one process.
+
+    Does nothing if it has been started. Where there are GPUs the world has
+    nccl for CUDA tensors and gloo for the rest, so ranks can talk before they
+    agree on a device.
+
+    Args:
+        timeout: how long a rank waits for the others before it raises. Torch's
+            own default of 30 minutes on gloo hides a rank that died.
+    """
+    if dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    timeout = timeout or timedelta(seconds=600 if cuda else 120)
+    if launched_world_size() > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta | None = None) -> DeviceMesh:
+    """Start `torch.distributed`, if nobody has, and lay the mesh over its ranks.
+
+    Works under torchrun on one or several nodes, in a plain Python process
+    (a world of one), and inside `meshdiff.simulate`.
+
+    Args:
+        layout: the size of each mesh dim; their product must be the world size.
+        device_type: "cuda" (nccl) or "cpu" (gloo); by default what the machine has.
+        timeout: see `init_distributed`.
+
+    Returns:
+        A 2-D mesh with dims ("cfg", "cp").
+
+    Raises:
+        InputError: if the layout does not fit the world, or the machine has
+            fewer GPUs than ranks.
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    init_distributed(timeout)
+    if dist.get_world_size() != layout.world_size:
+        raise InputError(
+            f"--cp {layout.cp} --cfg {layout.cfg}",
+            f"needs {layout.world_size} processes and there are {dist.get_world_size()}; start it with: "
+            f"{torchrun_command(layout)}",
+        )
+    if device_type == "cuda" and dist.get_backend() != "fake":
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return init_device_mesh(device_type, (layout.cfg, layout.cp), mesh_dim_names=(CFG, CP))
+
+
+def torchrun_command(layout: Layout) -> str:
+    """The command that starts a layout's ranks on one machine."""
+    return f"torchrun --nproc-per-node {layout.world_size} experiments/run.py --cp {layout.cp} --cfg {layout.cfg}"
+
+
+def check_gpus(ranks: int) -> None:
+    """Raise `InputError` if this machine has fewer GPUs than `ranks`."""
+    gpus = torch.cuda.device_count()
+    if gpus < ranks:
+        raise InputError(
+            "--device cuda",
+            f"{ranks} ranks on a machine with {gpus} GPU{'' if gpus == 1 else 's'}; use fewer ranks, --device cpu, "
+            "or --simulate to play them all in one process",
+        )
+
+
+def place(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """A DTensor of a plain tensor that is the same on every rank; each keeps its part, nothing is sent."""
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def on_mesh(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement], shape: Sequence[int]) -> DTensor:
+    """See this rank's part of `tensor` as its part of a tensor on another mesh of the same ranks; nothing is sent.
+
+    `shape` is what the ranks of that mesh hold together.
+    """
+    assert isinstance(tensor, DTensor)
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(
+        tensor.to_local(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Make every parameter and buffer of `module` a DTensor that each rank of `mesh` holds whole.
+
+    In place. Ranks must hold equal values already (they read the same file):
+    nothing is sent.
+    """
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            value = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+            child.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        for name, buffer in child.named_buffers(recurse=False):
+            child._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return module

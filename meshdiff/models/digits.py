@@ -1,0 +1,85 @@
+"""The embedded model: handwritten digits that move, from weights that ship with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+
+from meshdiff.errors import InputError
+from meshdiff.mesh import place
+from meshdiff.models.checkpoint import load_weights
+from meshdiff.models.layers import rope_3d
+from meshdiff.models.prompts import parse_prompt
+from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, patchify, unpatchify
+from meshdiff.request import Request
+
+__all__ = ["WEIGHTS", "DigitsModel"]
+
+WEIGHTS = Path(__file__).with_name("digits.safetensors")
+
+
+class DigitsModel:
+    """Moving digits in pixel space: the latents are the frames themselves.
+
+    Args:
+        transformer: a `VideoDiT` whose vocabulary is that of `models.prompts`.
+    """
+
+    SIZES: ClassVar = {"frames": (8, 24), "height": (32, 48), "width": (32, 48)}
+    """Smallest and largest size that training showed the model."""
+
+    def __init__(self, transformer: VideoDiT) -> None:
+        self.transformer = transformer
+        self.config: VideoDiTConfig = transformer.config
+
+    @classmethod
+    def load(cls, weights: Path = WEIGHTS) -> DigitsModel:
+        """The model with weights from a file.
+
+        Raises:
+            InputError: if the file is missing, broken, or of another model.
+        """
+        transformer = VideoDiT(VideoDiTConfig())
+        load_weights(transformer, weights)
+        return cls(transformer.eval().requires_grad_(False))
+
+    def check(self, request: Request) -> None:
+        """Raise `InputError` for a prompt or a size that the model cannot do."""
+        parse_prompt(request.prompt)
+        parse_prompt(request.negative_prompt, "--negative-prompt")
+        for (name, (smallest, largest)), patch in zip(self.SIZES.items(), self.config.patch, strict=True):
+            size = getattr(request, name)
+            if size % patch or not smallest <= size <= largest:
+                fits = ", ".join(str(n) for n in range(smallest, largest + 1) if n % patch == 0)
+                raise InputError(f"--{name}", f"{size} given; this model makes {fits}")
+
+    def grid(self, request: Request) -> tuple[int, int, int]:
+        """Tokens of the clip along (frames, rows, columns)."""
+        t, h, w = self.config.patch
+        return request.frames // t, request.height // h, request.width // w
+
+    def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
+        """What the blocks read of each prompt, `[len(prompts), ...]`, whole on every rank of the weights' mesh."""
+        words = torch.tensor([parse_prompt(prompt).words() for prompt in prompts], device=mesh.device_type)
+        return self.transformer.encode_text(place(words, mesh, [Replicate()]))
+
+    def noise(self, request: Request) -> Tensor:
+        """Initial tokens `[1, seq, patch_dim]` float32, drawn on the CPU so that they depend on the seed alone."""
+        generator = torch.Generator().manual_seed(request.seed)
+        shape = (1, self.config.channels, request.frames, request.height, request.width)
+        return patchify(torch.randn(shape, generator=generator), self.config.patch)
+
+    def rope(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Position tables, one row a token."""
+        return rope_3d(self.grid(request), self.config.head_dim)
+
+    def decode(self, tokens: Tensor, request: Request) -> Tensor:
+        """Clean tokens `[1, seq, patch_dim]` to a clip `[frames, channels, height, width]` in [-1, 1]."""
+        video = unpatchify(tokens.float(), self.grid(request), self.config.patch)
+        return video[0].transpose(0, 1).clamp(-1, 1).contiguous()

@@ -1,0 +1,56 @@
+"""What one generation is asked for, independent of the mesh it runs on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from meshdiff.errors import InputError
+
+__all__ = ["Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to generate."""
+
+    prompt: str = "a 7 moving left"
+    """What the clip shows: a digit or its name, a direction, and if you like a speed
+    (slowly, steadily, quickly)."""
+    negative_prompt: str = ""
+    """What guidance leads away from; empty for "anything"."""
+    frames: int = 16
+    """Frames of the clip."""
+    height: int = 32
+    """Height in pixels."""
+    width: int = 32
+    """Width in pixels."""
+    steps: int = 20
+    """Sampling steps: model evaluations for each guidance branch."""
+    guidance_scale: float = 3.0
+    """How strongly to follow the prompt; 1 turns guidance off and halves the work."""
+    seed: int = 0
+    """Seed of the initial noise; the same seed gives the same clip on every layout."""
+    solver: Literal["euler", "ab2"] = "ab2"
+    """Integrator of the flow: first order (euler) or second order at the same cost (ab2)."""
+    shift: float = 3.0
+    """Time shift: above 1, more of the steps are spent on the noisy part."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise InputError("--prompt", 'is empty; try --prompt "a 7 moving left"')
+        for name in ("frames", "height", "width", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}", f"{getattr(self, name)} given, needs at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise InputError("--guidance-scale", f"{self.guidance_scale} given, needs a finite number")
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise InputError("--shift", f"{self.shift} given, needs a number above 0")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("--seed", f"{self.seed} given, needs to be from 0 to 2**63 - 1")
+
+    @property
+    def branches(self) -> list[str]:
+        """The prompt of every guidance branch; just the one when guidance is off."""
+        return [self.prompt] if self.guidance_scale == 1 else [self.prompt, self.negative_prompt]

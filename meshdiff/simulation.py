@@ -1,0 +1,116 @@
+"""Many ranks in one process: the same program, run for every rank in turn.
+
+Built on torch's `LocalTensorMode`, in which a tensor holds one value per rank
+and collectives move data between those values. That is private API of torch:
+this file is the only one that imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, maybe_run_for_local_tensor
+
+# Registers the process group backend that sends nothing.
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+__all__ = ["is_simulated", "largest", "on_each_rank", "rank_values", "simulate", "unwrap"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def simulate(world_size: int) -> Iterator[None]:
+    """Run the body as `world_size` ranks would, in this process.
+
+    Inside, build a mesh with `meshdiff.init_mesh` as usual. Tensors made inside
+    hold one value per rank; `unwrap` takes out a value that all ranks share.
+
+    Example:
+        >>> with simulate(8):
+        ...     mesh = init_mesh(Layout(cfg=2, cp=4))
+        ...     # what 8 processes would run
+
+    Raises:
+        RuntimeError: if `torch.distributed` is already started in this process.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("simulate() needs a process in which torch.distributed has not been started")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        with LocalTensorMode(world_size):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_simulated() -> bool:
+    """Whether the process group of this process only plays ranks."""
+    return dist.is_initialized() and dist.get_backend() == "fake"
+
+
+def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
+    """Make `function` see plain tensors and integers of one rank at a time in a simulation.
+
+    Everywhere else the function runs as it is. It must not call collectives.
+    Needed wherever a shape or an index depends on the rank. A function of
+    tensors that returns one tensor stays differentiable.
+    """
+    per_rank = maybe_run_for_local_tensor(function)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        differentiate = torch.is_grad_enabled() and any(isinstance(a, LocalTensor) and a.requires_grad for a in args)
+        return _OnEachRank.apply(function, *args) if differentiate else per_rank(*args, **kwargs)
+
+    return run
+
+
+class _OnEachRank(torch.autograd.Function):
+    """Autograd records nothing of what happens to the values inside a simulated tensor, so this does."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return maybe_run_for_local_tensor(function)(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        @maybe_run_for_local_tensor
+        def gradients(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+                output = ctx.function(*inputs)
+            return torch.autograd.grad(output, inputs, gradient, materialize_grads=True)
+
+        return None, *gradients(gradient, *ctx.saved_tensors)
+
+
+def rank_values(tensor: Tensor) -> list[Tensor]:
+    """Every simulated rank's value of `tensor`, in the order of ranks; of a plain tensor, itself."""
+    if isinstance(tensor, LocalTensor):
+        return [tensor._local_tensors[rank] for rank in sorted(tensor._local_tensors)]
+    return [tensor]
+
+
+def unwrap(tensor: Tensor) -> Tensor:
+    """The one value that all simulated ranks agree on; plain tensors pass through.
+
+    Raises:
+        AssertionError: if ranks hold different values.
+    """
+    return tensor.reconcile() if isinstance(tensor, LocalTensor) else tensor
+
+
+def largest(number: int | torch.SymInt) -> int:
+    """The largest of an integer's values over simulated ranks; a plain integer is itself."""
+    per_rank = getattr(getattr(number, "node", None), "_local_ints", None)
+    return int(number) if per_rank is None else max(per_rank.values())
