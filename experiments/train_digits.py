@@ -33,7 +33,7 @@ class Config:
 
     out: Path = Path("digits.safetensors")
     """Where the weights go, as float16."""
-    steps: int = 1600
+    steps: int = 1200
     """Optimizer steps."""
     tokens: int = 4096
     """Tokens in a batch; the number of clips follows from their size."""

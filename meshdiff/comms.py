@@ -147,11 +147,11 @@ class CommsCounter(TorchDispatchMode):
 
 def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
     """The process group among a collective's arguments, which older and newer torch name differently."""
-    for arg in args[1:]:
+    for arg in reversed(args):  # a reduction's name, a string as well, comes before its group's
         if isinstance(arg, str):
             return _resolve_process_group(arg)  # type: ignore[arg-type]  # a NewType of str since torch 2.13
         if isinstance(arg, dist.ProcessGroup):
             return arg
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return dist.ProcessGroup.unbox(arg)
-    raise AssertionError(f"no process group among {args[1:]}")
+    raise AssertionError(f"no process group among {args}")

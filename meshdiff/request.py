@@ -28,7 +28,7 @@ class Request:
     """Width in pixels."""
     steps: int = 20
     """Sampling steps: model evaluations for each guidance branch."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = 4.0
     """How strongly to follow the prompt; 1 turns guidance off and halves the work."""
     seed: int = 0
     """Seed of the initial noise; the same seed gives the same clip on every layout."""

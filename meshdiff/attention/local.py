@@ -19,8 +19,10 @@ __all__ = ["attend_locally", "from_shard", "scaled_dot_product_attention"]
 @on_each_rank
 def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention of plain tensors `[batch, seq, heads, head_dim]`, by torch's own kernels."""
-    if query.numel() == 0:  # a rank without heads; torch's CPU kernel divides by their number
-        return query
+    if query.numel() == 0:
+        # A rank without heads: torch's CPU kernel divides by their number. The sums are
+        # there for the gradients, which are zero but have to arrive.
+        return query + key.sum() + value.sum()
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 

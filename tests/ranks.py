@@ -1,0 +1,35 @@
+"""Runs a check of `on_ranks.py` on real gloo processes and brings its results back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+PROGRAM = Path(__file__).with_name("on_ranks.py")
+
+
+def torchrun(
+    world_size: int, *command: str, timeout: float = 300, cwd: Path | None = None
+) -> subprocess.CompletedProcess:
+    """A real torchrun on this machine, one thread a rank."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    return subprocess.run(
+        [*launcher, *command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run_on_ranks(check: str, world_size: int, folder: Path):
+    """What `check` of `on_ranks.py` returned on rank 0 of that many processes."""
+    result = folder / f"{check}.pt"
+    process = torchrun(world_size, str(PROGRAM), check, str(result))
+    assert process.returncode == 0, "\n".join(line for line in process.stderr.splitlines() if line.startswith("[rank"))
+    return torch.load(result)

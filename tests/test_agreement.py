@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+from ranks import run_on_ranks
+
+from meshdiff import InputError
+from meshdiff.agreement import agreed, check_same, from_every_rank
+
+
+def test_every_rank_hears_of_one_ranks_failure_and_of_different_flags(tmp_path):
+    heard = run_on_ranks("agreement", 3, tmp_path)
+    assert (
+        heard
+        == [
+            [
+                "rank 1 of 3: --weights: no such file",
+                "--seed: is 0 on rank 0 and 1 on rank 1; start every rank with the same",
+            ]
+        ]
+        * 3
+    )
+
+
+def test_one_process_agrees_with_itself():
+    assert from_every_rank(5) == [5]
+    check_same({"--seed": 0})
+    with pytest.raises(InputError, match="--prompt: is empty"), agreed():
+        raise InputError("--prompt", "is empty")

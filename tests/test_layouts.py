@@ -1,0 +1,104 @@
+"""The parity suite: one program, one result, whatever the layout. Everything new adds itself here."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+import pytest
+import torch
+from contract import run_traffic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_on_ranks
+from tiny import REQUEST, make, tiny_model
+
+from meshdiff import Layout, Request, simulate
+from meshdiff.simulation import on_each_rank
+
+TOLERANCE = 1e-5
+
+
+@cache
+def on_one_device(request: Request, branches: int, heads: int) -> torch.Tensor:
+    with simulate(1):
+        return make(Layout(), branches, request, heads)[0]
+
+
+@st.composite
+def cases(draw):
+    branches = draw(st.integers(1, 3))
+    cfg = draw(st.integers(1, branches))
+    layout = Layout(cfg=cfg, cp=draw(st.integers(1, 8 if cfg == 1 else 4)))
+    # From 64 tokens, where 8 ranks divide everything, to 75 or 100, where few do.
+    frames, height, width = draw(st.sampled_from([(8, 32, 32), (10, 40, 32), (10, 24, 40), (14, 40, 40)]))
+    solver = draw(st.sampled_from(["euler", "ab2"]))
+    return layout, Request(frames=frames, height=height, width=width, steps=2, solver=solver), branches
+
+
+@settings(max_examples=15)
+@given(case=cases(), heads=st.sampled_from([4, 6, 8]))
+def test_simulated_layouts_agree_with_one_device_and_keep_the_contract(case, heads):
+    layout, request, branches = case
+    with simulate(layout.world_size):
+        video, comms = make(layout, branches, request, heads)
+    torch.testing.assert_close(video, on_one_device(request, branches, heads), rtol=0, atol=TOLERANCE)
+    assert comms == run_traffic(layout, tiny_model(heads).config, request, branches)
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1), Layout(2, 2), Layout(1, 4), Layout(2, 4)], ids=str)
+def test_simulated_layouts_agree_to_the_bit(layout):
+    request = Request(frames=16, height=32, width=32, steps=3)  # 128 tokens
+    with simulate(layout.world_size):
+        video, _ = make(layout, 2, request, heads=8)
+    assert torch.equal(video, on_one_device(request, 2, 8))
+
+
+REAL = {2: [(2, 1), (1, 2)], 3: [(1, 3), (3, 1)], 4: [(2, 2), (1, 4)], 8: [(2, 4)]}
+
+
+@pytest.mark.parametrize("world_size", REAL)
+def test_real_ranks_agree_with_one_device_and_keep_the_contract(world_size, tmp_path):
+    results = run_on_ranks("layouts", world_size, tmp_path)
+    for cfg, cp in REAL[world_size]:
+        layout, branches = Layout(cfg, cp), 3 if cfg == 3 else 2
+        video, ranks = results[str(layout)]
+        torch.testing.assert_close(video, on_one_device(REQUEST, branches, 6), rtol=0, atol=TOLERANCE)
+        expected = run_traffic(layout, tiny_model().config, REQUEST, branches)
+        for dim, collectives in expected.items():
+            for name, traffic in collectives.items():
+                assert all(rank[dim][name]["count"] == traffic["count"] for rank in ranks)
+        assert all(rank.keys() == expected.keys() for rank in ranks)
+        assert max(rank["cfg"]["all_gather"]["bytes"] if cfg > 1 else 0 for rank in ranks) == (
+            expected["cfg"]["all_gather"]["bytes"] if cfg > 1 else 0
+        )
+
+
+@pytest.mark.parametrize("broken_rank", [0, 1, 2])
+def test_parity_fails_when_attention_is_wrong_on_one_rank_only(broken_rank, monkeypatch):
+    ulysses_module = import_module("meshdiff.attention.ulysses")
+    attend = ulysses_module.attend_locally
+
+    @on_each_rank
+    def disturb(shard: torch.Tensor, rank: int) -> torch.Tensor:
+        return shard * 1.01 if rank == broken_rank else shard
+
+    def attend_badly(query, key, value):
+        return attend(
+            type(query).from_local(
+                disturb(query.to_local(), query.device_mesh.get_local_rank()),
+                query.device_mesh,
+                query.placements,
+                run_check=False,
+                shape=query.shape,
+                stride=query.stride(),
+            ),
+            key,
+            value,
+        )
+
+    monkeypatch.setattr(ulysses_module, "attend_locally", attend_badly)
+    with simulate(3):
+        video, _ = make(Layout(1, 3), 2)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(video, on_one_device(REQUEST, 2, 6), rtol=0, atol=TOLERANCE)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from meshdiff import InputError, Layout, init_mesh, simulate
+from meshdiff.mesh import place, replicate_module
+from meshdiff.simulation import rank_values
+
+
+@pytest.mark.parametrize(
+    ("world_size", "guided", "layout"),
+    [
+        (1, True, Layout(1, 1)),
+        (2, True, Layout(2, 1)),
+        (3, True, Layout(1, 3)),
+        (4, True, Layout(2, 2)),
+        (6, True, Layout(2, 3)),
+        (8, True, Layout(2, 4)),
+        (16, True, Layout(2, 8)),
+        (64, True, Layout(2, 32)),
+        (2, False, Layout(1, 2)),
+        (8, False, Layout(1, 8)),
+    ],
+)
+def test_auto_follows_the_scaling_guideline(world_size, guided, layout):
+    assert Layout.auto(world_size, guided) == layout
+
+
+@pytest.mark.parametrize(
+    ("world_size", "branches", "cfg", "cp", "layout"),
+    [
+        (4, 2, None, None, Layout(2, 2)),
+        (4, 1, None, None, Layout(1, 4)),
+        (4, 2, 1, None, Layout(1, 4)),
+        (4, 2, 2, None, Layout(2, 2)),
+        (4, 2, None, 2, Layout(2, 2)),
+        (4, 2, None, 4, Layout(1, 4)),
+        (1, 2, 2, 4, Layout(2, 4)),
+        (1, 2, None, 4, Layout(1, 4)),
+        (1, 2, 2, None, Layout(2, 1)),
+        (1, 2, None, None, Layout(1, 1)),
+    ],
+)
+def test_what_is_not_asked_for_follows_from_the_world(world_size, branches, cfg, cp, layout):
+    assert Layout.resolve(world_size, branches, cfg, cp) == layout
+
+
+@pytest.mark.parametrize(
+    ("world_size", "branches", "cfg", "cp", "message"),
+    [
+        (4, 2, 2, 4, "torchrun --nproc-per-node 8 experiments/run.py --cp 4 --cfg 2"),
+        (4, 2, None, 3, "torchrun --nproc-per-node 3 experiments/run.py --cp 3 --cfg 1"),
+        (4, 2, 4, 1, "--cfg 4: this run has 2 guidance branches; use --cfg 2"),
+        (2, 1, 2, None, r"this run has 1 guidance branch \(guidance scale 1\); use --cfg 1"),
+        (4, 1, None, 2, r"--cfg 2 \(what --cp 2 leaves of 4 processes\)"),
+        (1, 2, 0, None, "--cfg: 0 given, needs at least 1"),
+        (4, 2, None, 0, "--cp: 0 given, needs at least 1"),
+        (1, 2, None, -3, "--cp: -3 given, needs at least 1"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_one_clear_error(world_size, branches, cfg, cp, message):
+    with pytest.raises(InputError, match=message):
+        Layout.resolve(world_size, branches, cfg, cp)
+
+
+def test_a_mesh_needs_a_world_of_its_size():
+    with simulate(4), pytest.raises(InputError, match="needs 8 processes and there are 4; start it with: torchrun"):
+        init_mesh(Layout(2, 4), "cpu")
+
+
+def test_ranks_that_share_a_sequence_are_neighbours():
+    with simulate(8):
+        mesh = init_mesh(Layout(cfg=2, cp=4), "cpu")
+        assert mesh.mesh.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert mesh.mesh_dim_names == ("cfg", "cp")
+
+
+def test_place_keeps_each_ranks_part_of_a_tensor():
+    x = torch.arange(7)
+    with simulate(3):
+        sharded = place(x, init_mesh(Layout(1, 3), "cpu")["cp"], [Shard(0)])
+        parts = [part.tolist() for part in rank_values(sharded.to_local())]
+    assert parts == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_replicate_module_makes_every_parameter_and_buffer_a_dtensor():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    with simulate(2):
+        mesh = init_mesh(Layout(1, 2), "cpu")["cp"]
+        replicate_module(module, mesh)
+        tensors = [*module.parameters(), *module.buffers()]
+        assert len(tensors) == 7
+        assert all(isinstance(t, DTensor) and t.placements == (Replicate(),) for t in tensors)

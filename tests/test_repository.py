@@ -1,0 +1,54 @@
+"""What a newcomer relies on: the README's commands, the citation, an import without side effects."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+import meshdiff
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def test_readme_starts_with_one_line_to_run_and_one_to_test():
+    run, test = commands()[:2]
+    assert "torchrun --nproc-per-node 2 experiments/run.py --cfg 2" in run
+    assert test.endswith("pytest")
+    for command in (run, test):
+        assert command.startswith("python3 -m venv ")
+
+
+def test_citation_is_complete_and_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == meshdiff.__version__
+    assert {"message", "title", "authors", "license"} <= citation.keys()
+
+
+def test_importing_starts_nothing_and_needs_no_extra():
+    program = (
+        "import sys; import meshdiff, torch.distributed as dist; "
+        "assert not dist.is_initialized(); "
+        "print([m for m in ('tyro', 'wandb', 'rich', 'imageio', 'PIL', 'sklearn') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_shipped_weights_are_small():
+    size = (ROOT / "meshdiff" / "models" / "digits.safetensors").stat().st_size
+    assert size <= 8_000_000
+
+
+def test_private_torch_is_imported_in_one_place():
+    users = [p.name for p in (ROOT / "meshdiff").rglob("*.py") if "_local_tensor" in p.read_text()]
+    assert users == ["simulation.py"]

@@ -1,0 +1,194 @@
+"""The command a person types, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import torchrun
+from run import main
+from safetensors.torch import load_file
+
+SCRIPT = str(Path(__file__).parent.parent / "experiments" / "run.py")
+SMALL = ("--frames", "8", "--steps", "2", "--wandb", "disabled")
+
+
+def video(folder) -> torch.Tensor:
+    return load_file(folder / "video.safetensors")["video"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    assert main([*SMALL, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_writes_everything_it_promises(one_process):
+    names = {"video.mp4", "video.gif", "contact_sheet.png", "video.safetensors", "metrics.json"}
+    assert {p.name for p in one_process.iterdir()} == names
+    assert video(one_process).shape == (8, 1, 32, 32)
+    assert video(one_process).dtype == torch.float32
+    assert video(one_process).abs().max() <= 1
+    metrics = json.loads((one_process / "metrics.json").read_text())
+    assert metrics["layout"] == {"dp": 1, "cfg": 1, "cp": 1}
+    assert metrics["world_size"] == 1
+    assert metrics["prompt"] == "a 7 moving left"
+    assert metrics["seed"] == 0
+    assert metrics["steps"] == 2
+    assert metrics["guidance_scale"] == 4.0
+    assert len(metrics["seconds_per_step"]) == 2
+    assert metrics["seconds_total"] > sum(metrics["seconds_per_step"]) * 0.99
+    assert len(metrics["peak_memory_bytes"]) == 1
+    assert metrics["comms"] == {}
+    assert metrics["torch_version"] == torch.__version__
+    assert metrics["meshdiff_version"]
+    assert metrics["device"]
+
+
+def test_torchrun_turns_guidance_parallelism_on_and_gives_the_same_clip(one_process, tmp_path):
+    process = torchrun(2, SCRIPT, *SMALL, "--out", str(tmp_path / "run"))
+    assert process.returncode == 0, process.stderr
+    assert torch.equal(video(tmp_path / "run"), video(one_process))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["layout"] == {"dp": 1, "cfg": 2, "cp": 1}
+    assert len(metrics["peak_memory_bytes"]) == 2
+    assert metrics["comms"]["cfg"]["all_gather"]["count"] == 2
+    assert process.stdout.count("a 7 moving left") == 1  # only rank 0 talks
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+def test_one_process_starts_the_ranks_that_its_layout_needs(launcher, one_process, tmp_path):
+    flags = [*SMALL, "--cp", "2", "--cfg", "2", "--out", str(tmp_path / "run")]
+    if launcher == "torchrun":
+        process = torchrun(1, SCRIPT, *flags)
+    else:
+        process = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    command = "torchrun --nproc-per-node 4 experiments/run.py --cp 2 --cfg 2"
+    assert f"starting 4 ranks on this machine, as would: {command}" in process.stdout
+    assert torch.equal(video(tmp_path / "run"), video(one_process))
+
+
+def test_simulated_ranks_give_the_same_clip(one_process, tmp_path):
+    assert main([*SMALL, "--simulate", "--cp", "4", "--cfg", "2", "--out", str(tmp_path / "run")]) == 0
+    assert torch.equal(video(tmp_path / "run"), video(one_process))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["simulated"]
+    assert metrics["world_size"] == 8
+
+
+BAD = [
+    ("--prompt", "a 7 moving sideways"),
+    ("--prompt", "an eleven moving left"),
+    ("--prompt", ""),
+    ("--negative-prompt", "blurry"),
+    ("--frames", "0"),
+    ("--height", "-8"),
+    ("--width", "33"),
+    ("--steps", "0"),
+    ("--cp", "0"),
+    ("--cfg", "0"),
+    ("--cfg", "3"),
+    ("--threads", "0"),
+    ("--cp", "200"),
+    ("--weights", "no-such-file"),
+    ("--weights", __file__),
+    ("--out", os.path.join(__file__, "run")),
+    ("--guidance-scale", "inf"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value"), BAD, ids=lambda text: Path(text).name)
+def test_bad_input_is_one_line_that_names_the_flag(flag, value, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--wandb", "disabled", f"{flag}={value}"]) == 2
+    printed = capfd.readouterr()
+    assert printed.err.startswith(flag)
+    assert printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_that_cannot_be_read_are_tyros_own_error(capfd):
+    assert main(["--stepz", "3"]) == 2
+    assert "--stepz" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "Guidance parallelism" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "a 7 moving sideways"], "--prompt: unknown word 'sideways'"),
+        (["--cp", "4", "--cfg", "2"], "start it with: torchrun --nproc-per-node 8 experiments/run.py --cp 4 --cfg 2"),
+        (["--stepz", "3"], "--stepz"),
+    ],
+)
+def test_bad_input_ends_every_rank(flags, message, tmp_path):
+    process = torchrun(2, SCRIPT, *flags, timeout=60, cwd=tmp_path)
+    assert process.stderr.count(message) == 1
+    assert process.stderr.count("exitcode  : 2") == 2  # torchrun's report, of both ranks
+    assert "Traceback" not in process.stderr.split("ChildFailedError")[0].split("torch/distributed/run.py")[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_started_with_different_flags_stop_at_once(tmp_path):
+    def start(rank: int, *flags: str) -> subprocess.Popen:
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, SCRIPT, *SMALL, *flags], env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+
+    ranks = [start(0, "--seed", "1"), start(1, "--seed", "2")]
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert errors[0].strip().endswith("--seed: is 1 on rank 0 and 2 on rank 1; start every rank with the same")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_ends_the_ranks_and_leaves_nothing(tmp_path):
+    flags = ["--steps", "5000", "--wandb", "disabled", "--cfg", "2", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert any(tmp_path.iterdir())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_logs_offline_what_the_metrics_say(tmp_path):
+    out = tmp_path / "run"
+    assert main(["--frames", "8", "--steps", "2", "--out", str(out)]) == 0
+    (log,) = (out / "wandb").glob("offline-run-*/*.wandb")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(log))
+    summary, config, steps = {}, {}, 0
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.summary.update:
+            summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
+        for item in record.run.config.update:
+            config[item.key] = json.loads(item.value_json)
+        steps += any((item.key or item.nested_key[0]) == "seconds_per_step" for item in record.history.item)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert summary["seconds_total"] == metrics["seconds_total"]
+    assert summary["video"]["_type"] == "video-file"
+    assert config["prompt"] == "a 7 moving left"
+    assert steps == 2
