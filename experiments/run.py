@@ -229,7 +229,6 @@ def run(config: Config, layout: Layout) -> None:
 
 def main(arguments: list[str]) -> int:
     """Parse, agree with the other ranks, start more of them if need be, run; returns the exit code."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     world = launched_world_size()
     if world > 1:
         init_distributed()
@@ -260,4 +259,9 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # An exit that unwinds, so that nothing half-written stays behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_code = main(sys.argv[1:])
+    # The first rank to end with an error makes torchrun end the others, whose exit codes are to say the same.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(exit_code)

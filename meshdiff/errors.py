@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["InputError"]
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Input that cannot work: one line that names what was given and what to do about it.
 
     Args:

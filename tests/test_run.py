@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from ranks import torchrun
 from run import main
 from safetensors.torch import load_file
+from wandb.proto import wandb_internal_pb2
 
 SCRIPT = str(Path(__file__).parent.parent / "experiments" / "run.py")
 SMALL = ("--frames", "8", "--steps", "2", "--wandb", "disabled")
@@ -137,7 +140,7 @@ def test_bad_input_ends_every_rank(flags, message, tmp_path):
     process = torchrun(2, SCRIPT, *flags, timeout=60, cwd=tmp_path)
     assert process.stderr.count(message) == 1
     assert process.stderr.count("exitcode  : 2") == 2  # torchrun's report, of both ranks
-    assert "Traceback" not in process.stderr.split("ChildFailedError")[0].split("torch/distributed/run.py")[0]
+    assert "[rank" not in process.stderr  # how torch marks a rank's traceback
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,19 +172,28 @@ def test_a_signal_ends_the_ranks_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def wandb_records(log: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of a W&B file: LevelDB's log format, after a header of 7 bytes."""
+    data, block = log.read_bytes(), 32768
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # what is left of a block is too small for a header
+            position += block - position % block
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
 def test_wandb_logs_offline_what_the_metrics_say(tmp_path):
     out = tmp_path / "run"
     assert main(["--frames", "8", "--steps", "2", "--out", str(out)]) == 0
     (log,) = (out / "wandb").glob("offline-run-*/*.wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    store = DataStore()
-    store.open_for_scan(str(log))
     summary, config, steps = {}, {}, 0
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in wandb_records(log):
         for item in record.summary.update:
             summary[item.key or item.nested_key[0]] = json.loads(item.value_json)
         for item in record.run.config.update:
