@@ -112,6 +112,11 @@ class CommsCounter(TorchDispatchMode):
         self._dims = {mesh.get_group(name).group_name: name for name in names}
         self._local_ranks = {name: mesh.get_local_rank(name) for name in names}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let `torch.compile` compile what it counts; collectives of the compiled code come by all the same."""
+        return True
+
     def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:
         """`{mesh dim: {collective: {"count": calls, "bytes": sent by one rank}}}`."""
         return {

@@ -15,7 +15,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._local_tensor import LocalTensor, LocalTensorMode, maybe_run_for_local_tensor
+from torch.distributed._local_tensor import (
+    LocalTensor,
+    LocalTensorMode,
+    enabled_local_tensor_mode,
+    maybe_run_for_local_tensor,
+)
 
 # Registers the process group backend that sends nothing.
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -67,6 +72,8 @@ def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if enabled_local_tensor_mode() is None:
+            return function(*args, **kwargs)
         differentiate = torch.is_grad_enabled() and any(isinstance(a, LocalTensor) and a.requires_grad for a in args)
         return _OnEachRank.apply(function, *args) if differentiate else per_rank(*args, **kwargs)
 

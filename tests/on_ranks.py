@@ -29,6 +29,12 @@ def layouts() -> dict:
     return results
 
 
+def compiled() -> tuple:
+    """A clip of compiled blocks, the sequence divided by all ranks, and every rank's traffic."""
+    video, comms = make(Layout(1, dist.get_world_size()), 2, compile=True)
+    return video, from_every_rank(comms)
+
+
 def attention() -> list:
     """Output, gradients and traffic of every case."""
     mesh = init_mesh(Layout(1, dist.get_world_size()), "cpu")["cp"]
@@ -61,7 +67,7 @@ def agreement() -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init_distributed()
-    outcome = {"layouts": layouts, "attention": attention, "agreement": agreement}[sys.argv[1]]()
+    outcome = {"layouts": layouts, "compiled": compiled, "attention": attention, "agreement": agreement}[sys.argv[1]]()
     if dist.get_rank() == 0:
         torch.save(outcome, sys.argv[2])
     dist.destroy_process_group()

@@ -10,7 +10,8 @@ from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
 
 DEPTH = 2
 PROMPTS = ["a 7 moving left", "", "a 3 moving up", "a 5", "moving down quickly"]
-REQUEST = Request(frames=10, height=40, width=32, steps=3)  # 100 tokens
+REQUEST = Request(frames=10, height=40, width=32, steps=3)
+TOKENS = 100  # of that request
 
 
 def tiny_model(heads: int = 6, dim: int = 48) -> DigitsModel:
@@ -25,10 +26,10 @@ def combine(velocities: torch.Tensor) -> torch.Tensor:
     return sum(weight * branch for weight, branch in zip(weights, velocities.split(1), strict=True))
 
 
-def make(layout: Layout, branches: int, request: Request = REQUEST, heads: int = 6):
+def make(layout: Layout, branches: int, request: Request = REQUEST, heads: int = 6, compile: bool = False):
     """A clip on a mesh of that layout, and what was sent; run it inside `simulate` or on real ranks."""
     mesh = init_mesh(layout, "cpu")
-    pipeline = Pipeline(tiny_model(heads), mesh)
+    pipeline = Pipeline(tiny_model(heads), mesh, compile=compile)
     with CommsCounter(mesh) as comms:
         video = pipeline.generate(request, branches=PROMPTS[:branches], combine=combine)
     return video, comms.as_dict()

@@ -79,19 +79,22 @@ def _exchange_shards(
     # Elements that cross for each pair of an index of the source dim and one of the target dim.
     unit = len(shards) * shape[0] * shape[3]
 
-    @on_each_rank
-    def send_splits(rank: int) -> list[int]:
-        return [unit * kept[rank] * size for size in given]
-
-    @on_each_rank
-    def receive_splits(rank: int) -> list[int]:
-        return [unit * given[rank] * size for size in kept]
-
     buffer = _pack(given, target.dim, *shards)
-    received = funcol.all_to_all_single(buffer, receive_splits(rank), send_splits(rank), mesh)
+    received = funcol.all_to_all_single(
+        buffer,
+        output_split_sizes=_message_sizes(unit, given, kept, rank),
+        input_split_sizes=_message_sizes(unit, kept, given, rank),
+        group=mesh,
+    )
     received = funcol.wait_tensor(received)
     unpack = _unpack_sequence if source == SEQUENCE else _unpack_heads
     return unpack(received, rank, tuple(kept), tuple(given), len(shards), shape[0], shape[3])
+
+
+@on_each_rank
+def _message_sizes(unit: int, own: list[int], others: list[int], rank: int) -> list[int]:
+    """Elements of the message between this rank, by its size of one dim, and each other, by theirs of the other."""
+    return [unit * own[rank] * size for size in others]
 
 
 # A message is laid out [seq, batch, tensor, heads, head_dim]. With the sequence
