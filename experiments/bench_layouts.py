@@ -111,16 +111,34 @@ def measure(config: Config, layout: Layout, scale: float) -> dict[str, Any]:
     return {"real": real, "copies": copies, "comms": comms.as_dict()}
 
 
+def worker_flags(config: Config, layout: Layout, scale: float, result: Path) -> list[str]:
+    names = ("dim", "heads", "depth", "frames", "size", "steps", "rounds")
+    flags = [f"--{name}={getattr(config, name)}" for name in names]
+    return [*flags, "--worker", str(layout.cfg), str(layout.cp), str(scale), str(result)]
+
+
 def in_new_ranks(config: Config, layout: Layout, scale: float) -> dict[str, Any]:
     """`measure` in fresh processes, so that no layout inherits another's memory or threads."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        flags = [f"--{name}={getattr(config, name)}" for name in ("dim", "heads", "depth", "frames", "size", "steps")]
-        flags += [f"--rounds={config.rounds}", "--worker", str(layout.cfg), str(layout.cp), str(scale), str(result)]
+        flags = worker_flags(config, layout, scale, result)
         code = start_ranks(layout.world_size, os.path.abspath(__file__), flags)
         if code:
             raise SystemExit(code)
         return json.loads(result.read_text())
+
+
+def independent(config: Config, processes: int) -> float:
+    """Seconds of a step of one branch in processes that run at once and know nothing of each other."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder) / f"{i}.json" for i in range(processes)]
+        started = [
+            subprocess.Popen([sys.executable, os.path.abspath(__file__), *worker_flags(config, Layout(), 1.0, result)])
+            for result in results
+        ]
+        if any([process.wait() for process in started]):
+            raise SystemExit(1)
+        return max(statistics.median(json.loads(result.read_text())["real"]) for result in results)
 
 
 def seconds_to(*command: str) -> float:
@@ -159,6 +177,14 @@ def main(config: Config) -> None:
                 f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
             )
         console.print(table)
+    if most > 1:
+        guided, alone = in_new_ranks(config, Layout(2, 1), 3.0), independent(config, 2)
+        again = in_new_ranks(config, Layout(2, 1), 3.0)
+        together = statistics.median(guided["real"] + again["real"])
+        console.print(
+            f"cfg=2 against two independent processes of one branch each, measured between two runs of it: "
+            f"{together:.3f} s / {alone:.3f} s = {together / alone:.3f}"
+        )
     script = str(Path(__file__).with_name("run.py"))
     console.print(f"import meshdiff: {seconds_to('-c', 'import meshdiff'):.1f} s; ", end="")
     console.print(f"run.py --help: {seconds_to(script, '--help'):.1f} s")

@@ -26,16 +26,17 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors import SafetensorError
 
 from meshdiff.agreement import agreed, check_same, is_first_rank
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
-from meshdiff.launch import start_ranks
+from meshdiff.launch import end_with_launcher, start_ranks
 from meshdiff.media import write_video
 from meshdiff.mesh import Layout, check_gpus, init_distributed, init_mesh, launched_world_size, torchrun_command
 from meshdiff.metrics import RunMetrics, StepTimer, collect
 from meshdiff.models.digits import WEIGHTS, DigitsModel
-from meshdiff.output import output_folder
+from meshdiff.output import COMPLETE, output_folder
 from meshdiff.pipeline import Pipeline, check_request
 from meshdiff.request import Request
 from meshdiff.simulation import simulate
@@ -67,7 +68,7 @@ class Config:
     out: Path | None = None
     """Folder to write; runs/<time>-<layout> by default."""
     overwrite: bool = False
-    """Replace --out if it holds files already."""
+    """Replace --out if it holds an earlier run."""
     wandb: Literal["disabled", "offline", "online"] = "offline"
     """Weights & Biases; offline logs into the run's own folder and needs no account."""
     wandb_project: str = "meshdiff"
@@ -104,9 +105,7 @@ def parse(arguments: list[str]) -> Config:
             config = tyro.cli(Config, args=arguments)
     except SystemExit as stop:
         if not stop.code:
-            if is_first_rank():
-                print(printed.getvalue(), end="")
-            raise
+            raise HelpAsked("--help", printed.getvalue().rstrip()) from None
         raise ParseError("flags", printed.getvalue().rstrip()) from None
     config.check()
     return config
@@ -115,8 +114,16 @@ def parse(arguments: list[str]) -> Config:
 class ParseError(InputError):
     """What tyro says about flags it cannot read, in its own words."""
 
+    exit_code = 2
+
     def __str__(self) -> str:
         return self.problem
+
+
+class HelpAsked(ParseError):
+    """Not an error: the flags, explained."""
+
+    exit_code = 0
 
 
 def generate(config: Config, layout: Layout, model: DigitsModel, on_step) -> tuple[torch.Tensor, RunMetrics]:
@@ -167,11 +174,12 @@ def start_wandb(config: Config, layout: Layout, folder: Path):
             dir=folder,
             name=str(layout),
             config={**{k.lstrip("-"): str(v) for k, v in config.flags().items()}, "layout": dataclasses.asdict(layout)},
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20),
         )
     except (wandb.errors.Error, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--wandb {config.wandb}", f"{reason}; use --wandb offline or --wandb disabled") from error
+        flags = f"--wandb {config.wandb} --wandb-project {config.wandb_project}"
+        raise InputError(flags, f"{reason}; --wandb offline needs no account, --wandb disabled logs nothing") from error
 
 
 def log_wandb(run, metrics: RunMetrics, folder: Path) -> None:
@@ -203,6 +211,17 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
     return table
 
 
+def write(video: torch.Tensor, metrics: RunMetrics, wandb_run, folder: Path) -> None:
+    """All files of a run; the one that says it is complete comes last."""
+    try:
+        write_video(video, folder)
+        if wandb_run is not None:
+            log_wandb(wandb_run, metrics, folder)
+        (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise InputError("--out", f"cannot be written ({error})") from error
+
+
 def run(config: Config, layout: Layout) -> None:
     """Generate and write; every rank comes by here, rank 0 alone talks and writes."""
     console = Console()
@@ -218,21 +237,22 @@ def run(config: Config, layout: Layout) -> None:
                 wandb_run = start_wandb(config, layout, folder)
         with progress_bar(config.request.steps, console) as on_step:
             video, metrics = generate(config, layout, model, on_step)
-        if not is_first_rank():
-            return
-        write_video(video, folder)
-        (folder / "metrics.json").write_text(json.dumps(metrics.as_dict(), indent=2) + "\n")
-        if wandb_run is not None:
-            log_wandb(wandb_run, metrics, folder)
-    console.print(summary(metrics, out))
+        with agreed():
+            if not video.isfinite().all():
+                raise InputError(f"--dtype {config.dtype}", "the clip is not made of numbers; try --dtype float32")
+            if is_first_rank():
+                write(video, metrics, wandb_run, folder)
+                stack.close()  # the folder takes its name
+    if is_first_rank():
+        console.print(summary(metrics, out))
 
 
 def main(arguments: list[str]) -> int:
     """Parse, agree with the other ranks, start more of them if need be, run; returns the exit code."""
-    world = launched_world_size()
-    if world > 1:
-        init_distributed()
     try:
+        world = launched_world_size()
+        if world > 1:
+            init_distributed()
         with agreed():
             config = parse(arguments)
         check_same(config.flags())
@@ -249,9 +269,12 @@ def main(arguments: list[str]) -> int:
             return start_ranks(layout.world_size, os.path.abspath(__file__), arguments)
         run(config, layout)
     except InputError as error:
+        code = getattr(error, "exit_code", 2)
         if is_first_rank():
-            print(error, file=sys.stderr, flush=True)
-        return 2
+            print(error, file=sys.stderr if code else sys.stdout, flush=True)
+        return code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -260,7 +283,9 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     # An exit that unwinds, so that nothing half-written stays behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, lambda number, frame: sys.exit(128 + number))
+    end_with_launcher()
     exit_code = main(sys.argv[1:])
     # The first rank to end with an error makes torchrun end the others, whose exit codes are to say the same.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

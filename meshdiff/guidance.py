@@ -18,14 +18,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from meshdiff.mesh import on_mesh, place
+from meshdiff.placements import BRANCHES, SEQUENCE, WHOLE
 
 __all__ = ["Combine", "Denoise", "classifier_free", "divide_branches", "run_branches"]
-
-BRANCHES = Shard(0)
-SEQUENCE = Shard(1)
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """The model at one time: tokens `[b, seq, channels]` and context `[b, ...]`, on the cp mesh, to velocity."""
@@ -43,6 +41,8 @@ def classifier_free(scale: float) -> Combine:
     def combine(velocities: Tensor) -> Tensor:
         if velocities.shape[0] == 1:
             return velocities
+        if velocities.shape[0] != 2:
+            raise ValueError(f"classifier-free guidance combines 2 branches, not {velocities.shape[0]}; pass combine=")
         conditional, unconditional = velocities.split(1)
         return unconditional + scale * (conditional - unconditional)
 
@@ -68,7 +68,7 @@ def divide_branches(context: Tensor, mesh: DeviceMesh) -> DTensor:
     branches, ranks = context.shape[0], mesh["cfg"].size()
     slots = -(-branches // ranks) * ranks
     order = [min(slot, branches - 1) for slot in range(slots)]
-    return place(context.to_local()[order], mesh, [BRANCHES, Replicate()])
+    return place(context.to_local()[order], mesh, [BRANCHES, WHOLE])
 
 
 def run_branches(denoise: Denoise, x: Tensor, context: DTensor, branches: int) -> Tensor:
@@ -89,6 +89,6 @@ def run_branches(denoise: Denoise, x: Tensor, context: DTensor, branches: int) -
     own = slots // mesh["cfg"].size()
     # Every cfg rank holds these tokens already: its branches all start from them.
     tokens = on_mesh(x, cp, [SEQUENCE], x.shape).expand(own, -1, -1)
-    velocity = denoise(tokens, on_mesh(context, cp, [Replicate()], (own, *context.shape[1:])))
+    velocity = denoise(tokens, on_mesh(context, cp, [WHOLE], (own, *context.shape[1:])))
     velocities = on_mesh(velocity, mesh, [BRANCHES, SEQUENCE], (slots, *velocity.shape[1:]))
-    return velocities.redistribute(placements=[Replicate(), SEQUENCE])[:branches]
+    return velocities.redistribute(placements=[WHOLE, SEQUENCE])[:branches]

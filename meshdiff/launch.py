@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -13,7 +15,9 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-__all__ = ["start_ranks"]
+__all__ = ["end_with_launcher", "start_ranks"]
+
+_LAUNCHER = "MESHDIFF_LAUNCHER"  # in a rank's environment: the process that started it
 
 
 def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
@@ -24,6 +28,7 @@ def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
     Returns:
         0, or the exit code of the first rank that failed; 128 + N for signal N.
     """
+    os.environ[_LAUNCHER] = str(os.getpid())
     # torchrun's default as well: without it every rank would use every core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Its report of a failed rank is a page of traceback below the rank's own message.
@@ -46,8 +51,14 @@ def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
-    except SignalException as signal:
-        return 128 + int(signal.sigval)
+    except SignalException as caught:
+        return 128 + int(caught.sigval)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def end_with_launcher() -> None:
+    """In a rank of `start_ranks`: end when the launcher is killed and can no longer end its ranks (Linux only)."""
+    if os.environ.get(_LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

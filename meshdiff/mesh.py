@@ -9,6 +9,8 @@ is in this file and in the attention strategies.
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -111,7 +113,10 @@ class Layout:
 
 def launched_world_size() -> int:
     """The number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not given.isdecimal():
+        raise InputError("WORLD_SIZE", f"{given!r} in the environment is no number; start the program with torchrun")
+    return int(given)
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:
@@ -131,6 +136,9 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     timeout = timeout or timedelta(seconds=600 if cuda else 120)
     if launched_world_size() > 1:
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise InputError("WORLD_SIZE", f"is set, but {', '.join(missing)} not; start the program with torchrun")
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -169,8 +177,9 @@ def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta
 
 
 def torchrun_command(layout: Layout) -> str:
-    """The command that starts a layout's ranks on one machine."""
-    return f"torchrun --nproc-per-node {layout.world_size} experiments/run.py --cp {layout.cp} --cfg {layout.cfg}"
+    """The command that starts this program, with these flags, as a layout's ranks on one machine."""
+    script = os.path.relpath(sys.argv[0])
+    return shlex.join(["torchrun", "--nproc-per-node", str(layout.world_size), script, *sys.argv[1:]])
 
 
 def check_gpus(ranks: int) -> None:
@@ -178,7 +187,7 @@ def check_gpus(ranks: int) -> None:
     gpus = torch.cuda.device_count()
     if gpus < ranks:
         raise InputError(
-            "--device cuda",
+            "--device",
             f"{ranks} ranks on a machine with {gpus} GPU{'' if gpus == 1 else 's'}; use fewer ranks, --device cpu, "
             "or --simulate to play them all in one process",
         )
@@ -206,7 +215,12 @@ def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     In place. Ranks must hold equal values already (they read the same file):
     nothing is sent.
+
+    Raises:
+        ValueError: if that has been done before.
     """
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        raise ValueError("the module's weights are on a mesh already; load it again for another one")
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
             value = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -6,12 +6,16 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from meshdiff.errors import InputError
 
-__all__ = ["output_folder"]
+__all__ = ["COMPLETE", "output_folder"]
+
+
+COMPLETE = "metrics.json"
+"""The file that makes a folder a run; written last."""
 
 
 @contextmanager
@@ -23,31 +27,51 @@ def output_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: the folder to be; its parents are made.
-        overwrite: replace what is there.
+        overwrite: replace an earlier run there; never anything else.
 
     Raises:
         InputError: if `path` holds files already, or cannot be written.
     """
     path = Path(os.path.abspath(path))
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
-        what = "is a file" if path.is_file() else "already holds files"
-        raise InputError(
-            "--out", f"{path} {what}; name another folder{'' if path.is_file() else ' or add --overwrite'}"
-        )
-    token = uuid.uuid4().hex[:8]
-    partial = path.with_name(f".{path.name}.partial-{token}")
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
     try:
+        _check_free(path, overwrite)
+        new_parents = [parent for parent in path.parents if not parent.exists()]
         partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError("--out", f"{path} cannot be written ({error.strerror})") from error
+        raise _cannot_write(path, error) from error
     try:
         yield partial
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{token}")
-            path.rename(old)
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        _move(partial, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new_parents:
+            with suppress(OSError):  # not empty: the run is in it
+                parent.rmdir()
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if path.is_file():
+        raise InputError("--out", f"{path} is a file; name another folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / COMPLETE).is_file():
+            raise InputError("--out", f"{path} holds files that are no run's; name another folder")
+        if not overwrite:
+            raise InputError("--out", f"{path} holds a run already; name another folder or add --overwrite")
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Put the new folder in the place of what is there, in as short a time as can be."""
+    if not path.exists():
+        partial.rename(path)
+        return
+    old = partial.with_name(partial.name.replace(".partial-", ".old-"))
+    path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old)
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    return InputError("--out", f"{path} cannot be written ({error.strerror or error})")

@@ -8,22 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.exchange import chunk_sizes
 from meshdiff.errors import InputError
 from meshdiff.guidance import Combine, classifier_free, divide_branches, run_branches
 from meshdiff.mesh import Layout, place, replicate_module
 from meshdiff.models import VideoModel
+from meshdiff.placements import POSITIONS, SEQUENCE, WHOLE
 from meshdiff.request import Request
 from meshdiff.sampling import SOLVERS, flow_times, sample
 from meshdiff.simulation import on_each_rank, unwrap
 
 __all__ = ["Pipeline", "check_request"]
-
-WHOLE = Replicate()
-SEQUENCE = Shard(1)  # of tokens [batch, seq, channels]
-POSITIONS = Shard(0)  # of tables [seq, ...]
 
 
 def check_request(model: VideoModel, request: Request, layout: Layout) -> None:
@@ -56,8 +53,10 @@ class Pipeline:
     def __init__(
         self, model: VideoModel, mesh: DeviceMesh, dtype: torch.dtype = torch.float32, compile: bool = False
     ) -> None:
-        self.model, self.mesh, self.dtype = model, mesh, dtype
-        model.transformer.to(device=mesh.device_type, dtype=dtype)
+        self.model, self.mesh = model, mesh
+        model.transformer.to(device=mesh.device_type)
+        for parameter in model.transformer.parameters():  # not buffers: frequencies need float32
+            parameter.data = parameter.data.to(dtype)
         replicate_module(model.transformer, mesh["cp"])
         if compile:
             for block in model.transformer.blocks:
@@ -86,7 +85,7 @@ class Pipeline:
         """
         combine = combine or classifier_free(request.guidance_scale)
         cp = self.mesh["cp"]
-        branches = branches or request.branches
+        branches = request.branches if branches is None else branches
         context = divide_branches(self.model.encode(branches, cp), self.mesh)
         rope = tuple(place(table.to(cp.device_type), cp, [POSITIONS]) for table in self.model.rope(request))
         noise = on_each_rank(self.model.noise)(request).to(cp.device_type)
@@ -97,7 +96,7 @@ class Pipeline:
             now = place(torch.full((1,), time, device=cp.device_type), cp, [WHOLE])
 
             def denoise(tokens: Tensor, context: Tensor) -> Tensor:
-                return self.model.transformer(tokens.to(self.dtype), now, context, rope).float()
+                return self.model.transformer(tokens, now, context, rope)
 
             return combine(run_branches(denoise, x, context, len(branches)))
 

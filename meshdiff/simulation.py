@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -68,16 +68,27 @@ def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
     Needed wherever a shape or an index depends on the rank. A function of
     tensors that returns one tensor stays differentiable.
     """
-    per_rank = maybe_run_for_local_tensor(function)
+    per_rank = _per_rank(function)
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if enabled_local_tensor_mode() is None:
             return function(*args, **kwargs)
         differentiate = torch.is_grad_enabled() and any(isinstance(a, LocalTensor) and a.requires_grad for a in args)
-        return _OnEachRank.apply(function, *args) if differentiate else per_rank(*args, **kwargs)
+        if not differentiate:
+            return per_rank(*args, **kwargs)
+        return _OnEachRank.apply(partial(function, **kwargs), *args)
 
     return run
+
+
+def _per_rank(function: Callable[P, R]) -> Callable[P, R]:
+    """torch's own decorator, which takes functions only, for partial ones as well."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs)
+
+    return maybe_run_for_local_tensor(call)
 
 
 class _OnEachRank(torch.autograd.Function):
@@ -87,11 +98,11 @@ class _OnEachRank(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ctx.function = function
         ctx.save_for_backward(*inputs)
-        return maybe_run_for_local_tensor(function)(*inputs)
+        return _per_rank(function)(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        @maybe_run_for_local_tensor
+        @_per_rank
         def gradients(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)

@@ -10,8 +10,9 @@ from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from meshdiff import Layout, init_mesh, mesh_attention, simulate
-from meshdiff.attention.exchange import HEADS, SEQUENCE, chunk_sizes, exchange
+from meshdiff.attention.exchange import chunk_sizes, exchange
 from meshdiff.mesh import place
+from meshdiff.placements import HEADS, SEQUENCE
 from meshdiff.simulation import unwrap
 
 

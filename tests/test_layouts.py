@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ranks import run_on_ranks
 from tiny import REQUEST, TOKENS, make, tiny_model
 
-from meshdiff import Layout, Request, simulate
+from meshdiff import DigitsModel, Layout, Pipeline, Request, init_mesh, simulate
 from meshdiff.simulation import on_each_rank
 
 TOLERANCE = 1e-5
@@ -43,7 +43,7 @@ def test_simulated_layouts_agree_with_one_device_and_keep_the_contract(case, hea
     layout, request, branches = case
     with simulate(layout.world_size):
         video, comms = make(layout, branches, request, heads)
-    torch.testing.assert_close(video, on_one_device(request, branches, heads), rtol=0, atol=TOLERANCE)
+    assert torch.equal(video, on_one_device(request, branches, heads))
     assert comms == run_traffic(layout, tiny_model(heads).config, request, branches)
 
 
@@ -53,6 +53,17 @@ def test_simulated_layouts_agree_to_the_bit(layout):
     with simulate(layout.world_size):
         video, _ = make(layout, 2, request, heads=8)
     assert torch.equal(video, on_one_device(request, 2, 8))
+
+
+def test_shipped_weights_agree_to_the_bit_where_shards_are_awkward():
+    """They magnify what random weights hide: 34 tokens are a block of the CPU's attention kernel and 2 more."""
+    request = Request(frames=10, height=40, steps=4)
+
+    def clip(layout: Layout) -> torch.Tensor:
+        with simulate(layout.world_size):
+            return Pipeline(DigitsModel.load(), init_mesh(layout, "cpu")).generate(request)
+
+    assert torch.equal(clip(Layout(1, 3)), clip(Layout()))
 
 
 REAL = {2: [(2, 1), (1, 2)], 3: [(1, 3), (3, 1)], 4: [(2, 2), (1, 4)], 8: [(2, 4)]}

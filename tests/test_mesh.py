@@ -50,8 +50,8 @@ def test_what_is_not_asked_for_follows_from_the_world(world_size, branches, cfg,
 @pytest.mark.parametrize(
     ("world_size", "branches", "cfg", "cp", "message"),
     [
-        (4, 2, 2, 4, "torchrun --nproc-per-node 8 experiments/run.py --cp 4 --cfg 2"),
-        (4, 2, None, 3, "torchrun --nproc-per-node 3 experiments/run.py --cp 3 --cfg 1"),
+        (4, 2, 2, 4, "start it with: torchrun --nproc-per-node 8 "),
+        (4, 2, None, 3, "start it with: torchrun --nproc-per-node 3 "),
         (4, 2, 4, 1, "--cfg 4: this run has 2 guidance branches; use --cfg 2"),
         (2, 1, 2, None, r"this run has 1 guidance branch \(guidance scale 1\); use --cfg 1"),
         (4, 1, None, 2, r"--cfg 2 \(what --cp 2 leaves of 4 processes\)"),

@@ -71,6 +71,12 @@ def test_weights_are_checked(tmp_path):
     corrupt.write_bytes(good.read_bytes()[:-5])
     with pytest.raises(InputError, match="cannot be read as safetensors"):
         load_weights(module, corrupt)
+    with pytest.raises(InputError, match="--weights: "):
+        load_weights(module, tmp_path / ("x" * 300))
+    damaged = tmp_path / "damaged.safetensors"
+    save_file({"weight": torch.full((3, 2), float("nan")), "bias": torch.zeros(3)}, damaged)
+    with pytest.raises(InputError, match="is damaged: weight not made of finite numbers"):
+        load_weights(module, damaged)
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(4, 2), "scale": torch.ones(1)}, other)
     with pytest.raises(
@@ -86,6 +92,7 @@ def test_weights_are_checked(tmp_path):
         ({"frames": 26}, "--frames: 26 given"),
         ({"height": 36}, "--height: 36 given; this model makes 32, 40, 48"),
         ({"width": 8}, "--width: 8 given"),
+        ({"prompt": "the..."}, "--prompt: 'the...' names neither a digit nor a direction"),
         ({"negative_prompt": "ugly"}, "--negative-prompt: unknown word 'ugly'"),
     ],
 )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from meshdiff import InputError
 from meshdiff.media import to_pixels, write_video
-from meshdiff.output import output_folder
+from meshdiff.output import COMPLETE, output_folder
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -22,7 +22,7 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 
 def test_a_failed_run_leaves_nothing(tmp_path):
     def fail():
-        with output_folder(tmp_path / "run") as folder:
+        with output_folder(tmp_path / "new" / "run") as folder:
             (folder / "a").write_text("1")
             raise KeyboardInterrupt
 
@@ -36,7 +36,10 @@ def test_files_are_replaced_only_on_request(tmp_path):
     out.mkdir()
     with output_folder(out) as folder:  # an empty folder is fine
         (folder / "old").write_text("1")
-    with pytest.raises(InputError, match=r"--out: .* already holds files; name another folder or add --overwrite"):
+    with pytest.raises(InputError, match=r"--out: .* holds files that are no run's; name another folder$"):
+        output_folder(out, overwrite=True).__enter__()
+    (out / COMPLETE).write_text("{}")
+    with pytest.raises(InputError, match=r"--out: .* holds a run already; name another folder or add --overwrite"):
         output_folder(out).__enter__()
     with output_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("2")
@@ -51,6 +54,8 @@ def test_what_cannot_be_written_is_one_clear_error(tmp_path):
         output_folder(file).__enter__()
     with pytest.raises(InputError, match=r"--out: .* cannot be written \(Not a directory\)"):
         output_folder(file / "run").__enter__()
+    with pytest.raises(InputError, match=r"--out: .* cannot be written \(File name too long\)"):
+        output_folder(tmp_path / ("x" * 300)).__enter__()
 
 
 def test_a_clip_becomes_files_that_show_it(tmp_path):

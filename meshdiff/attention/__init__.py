@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from meshdiff.attention.exchange import SEQUENCE
 from meshdiff.attention.local import attend_locally, scaled_dot_product_attention
 from meshdiff.attention.ulysses import ulysses
+from meshdiff.placements import SEQUENCE, WHOLE
 
 __all__ = ["mesh_attention"]
 
@@ -42,7 +42,7 @@ def mesh_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not query.shape == key.shape == value.shape:
             raise ValueError(f"self-attention needs query, key and value of one shape; given {given}")
         return ulysses(query, key, value)
-    if placements == [SEQUENCE, Replicate(), Replicate()]:
+    if placements == [SEQUENCE, WHOLE, WHOLE]:
         return attend_locally(query, key, value)
     raise ValueError(
         "mesh_attention takes [batch, seq, heads, head_dim] with query Shard(1) and key and value both Shard(1) or "

@@ -17,13 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from meshdiff.attention.local import from_shard
+from meshdiff.placements import SEQUENCE
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["HEADS", "SEQUENCE", "chunk_sizes", "exchange"]
-
-SEQUENCE = Shard(1)
-HEADS = Shard(2)
-"""Placements of `[batch, seq, heads, head_dim]`."""
+__all__ = ["chunk_sizes", "exchange"]
 
 
 def chunk_sizes(length: int, chunks: int) -> list[int]:

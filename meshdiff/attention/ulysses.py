@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from torch.distributed.tensor import DTensor
 
-from meshdiff.attention.exchange import HEADS, SEQUENCE, exchange
+from meshdiff.attention.exchange import exchange
 from meshdiff.attention.local import attend_locally
+from meshdiff.placements import HEADS, SEQUENCE
 
 __all__ = ["ulysses"]
 

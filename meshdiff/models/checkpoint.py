@@ -24,11 +24,11 @@ def load_weights(module: nn.Module, path: Path, flag: str = "--weights") -> None
 
     Raises:
         InputError: if the file is missing or broken, or its tensors are not
-            those of the module.
+            those of the module, or not finite floating-point numbers.
     """
-    if not path.is_file():
-        raise InputError(flag, f"no such file: {path}")
     try:
+        if not path.is_file():
+            raise InputError(flag, f"no such file: {path}")
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(flag, f"{path} cannot be read as safetensors ({error})") from error
@@ -46,5 +46,8 @@ def load_weights(module: nn.Module, path: Path, flag: str = "--weights") -> None
     ]
     if problems:
         raise InputError(flag, f"{path} does not fit this model; tensors {'; '.join(problems)}")
+    broken = [name for name, tensor in tensors.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+    if broken:
+        raise InputError(flag, f"{path} is damaged: {', '.join(broken[:4])} not made of finite numbers")
     with torch.no_grad():
         module.load_state_dict(tensors)

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
 
 from meshdiff.errors import InputError
 from meshdiff.mesh import place
 from meshdiff.models.checkpoint import load_weights
 from meshdiff.models.layers import rope_3d
-from meshdiff.models.prompts import parse_prompt
+from meshdiff.models.prompts import Prompt, parse_prompt
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, patchify, unpatchify
+from meshdiff.placements import WHOLE
 from meshdiff.request import Request
 
 __all__ = ["WEIGHTS", "DigitsModel"]
@@ -51,7 +51,8 @@ class DigitsModel:
 
     def check(self, request: Request) -> None:
         """Raise `InputError` for a prompt or a size that the model cannot do."""
-        parse_prompt(request.prompt)
+        if parse_prompt(request.prompt) == Prompt():
+            raise InputError("--prompt", f"{request.prompt!r} names neither a digit nor a direction nor a speed")
         parse_prompt(request.negative_prompt, "--negative-prompt")
         for (name, (smallest, largest)), patch in zip(self.SIZES.items(), self.config.patch, strict=True):
             size = getattr(request, name)
@@ -67,7 +68,7 @@ class DigitsModel:
     def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
         """What the blocks read of each prompt, `[len(prompts), ...]`, whole on every rank of the weights' mesh."""
         words = torch.tensor([parse_prompt(prompt).words() for prompt in prompts], device=mesh.device_type)
-        return self.transformer.encode_text(place(words, mesh, [Replicate()]))
+        return self.transformer.encode_text(place(words, mesh, [WHOLE]))
 
     def noise(self, request: Request) -> Tensor:
         """Initial tokens `[1, seq, patch_dim]` float32, drawn on the CPU so that they depend on the seed alone."""

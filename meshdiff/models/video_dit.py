@@ -91,7 +91,7 @@ class VideoDiT(nn.Module):
         """The clean tokens that `x` is a noisy version of; arguments as for `forward`."""
         features = self.time_embedding(1000 * time)
         modulation = self.time_projection(features).unflatten(-1, (6, -1))
-        hidden = self.patch_embedding(x)
+        hidden = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
         for block, keys_values in zip(self.blocks, context.unbind(1), strict=True):
             hidden = block(hidden, modulation, keys_values, rope)
         return self.head(hidden, features)
@@ -106,7 +106,7 @@ class VideoDiT(nn.Module):
             rope: the tables of `rope_3d`, each `[seq, 1, head_dim / 2]`.
 
         Returns:
-            Velocity `[batch, seq, patch_dim]`.
+            Velocity `[batch, seq, patch_dim]`, in the precision of `x`, which may be higher than the weights'.
         """
         clean = self.denoise(x, time, context, rope)
         return (x - clean) / time.clamp(min=self.TIME_FLOOR)[:, None, None]
