@@ -9,6 +9,7 @@ communication costs; it holds on a noisy machine because both halves are equally
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -44,7 +45,7 @@ class Config:
     """Width of the transformer."""
     heads: int = 12
     """Attention heads."""
-    depth: int = 4
+    depth: int = 2
     """Blocks."""
     frames: int = 16
     """Frames of the clip; a token covers 2."""
@@ -52,7 +53,7 @@ class Config:
     """Height and width in pixels; a token covers 8 x 8."""
     steps: int = 3
     """Sampling steps of each measurement; the first is not counted."""
-    rounds: int = 5
+    rounds: int = 3
     """Measurements of each layout, in turn with its copy without communication."""
     ranks: int = 0
     """Most ranks to try, one thread each; the number of cores by default."""
@@ -136,7 +137,8 @@ def independent(config: Config, processes: int) -> float:
             subprocess.Popen([sys.executable, os.path.abspath(__file__), *worker_flags(config, Layout(), 1.0, result)])
             for result in results
         ]
-        if any([process.wait() for process in started]):
+        codes = [process.wait() for process in started]
+        if any(codes):
             raise SystemExit(1)
         return max(statistics.median(json.loads(result.read_text())["real"]) for result in results)
 
@@ -178,12 +180,15 @@ def main(config: Config) -> None:
             )
         console.print(table)
     if most > 1:
-        guided, alone = in_new_ranks(config, Layout(2, 1), 3.0), independent(config, 2)
-        again = in_new_ranks(config, Layout(2, 1), 3.0)
-        together = statistics.median(guided["real"] + again["real"])
+        one_round = dataclasses.replace(config, rounds=1)
+        pairs = [
+            (statistics.median(in_new_ranks(one_round, Layout(2, 1), 3.0)["real"]), independent(one_round, 2))
+            for _ in range(config.rounds)
+        ]
+        ratios = [together / alone for together, alone in pairs]
         console.print(
-            f"cfg=2 against two independent processes of one branch each, measured between two runs of it: "
-            f"{together:.3f} s / {alone:.3f} s = {together / alone:.3f}"
+            f"cfg=2 against two independent processes of one branch each, in turn: "
+            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
         )
     script = str(Path(__file__).with_name("run.py"))
     console.print(f"import meshdiff: {seconds_to('-c', 'import meshdiff'):.1f} s; ", end="")

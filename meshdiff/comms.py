@@ -23,7 +23,10 @@ __all__ = ["CommsCounter", "Traffic"]
 
 @dataclass
 class Traffic:
-    """Calls of one collective on one mesh dim, and the bytes that one rank sent to others in them."""
+    """Calls of one collective on one mesh dim, and the bytes that one rank sent to others in them.
+
+    Of a collective with a root, the bytes are the root's.
+    """
 
     count: int = 0
     bytes: int = 0

@@ -92,6 +92,7 @@ def test_weights_are_checked(tmp_path):
         ({"frames": 26}, "--frames: 26 given"),
         ({"height": 36}, "--height: 36 given; this model makes 32, 40, 48"),
         ({"width": 8}, "--width: 8 given"),
+        ({"frames": 24, "height": 48, "width": 40}, "--frames: 24 given; on a canvas of 48 x 40 this model makes 18"),
         ({"prompt": "the..."}, "--prompt: 'the...' names neither a digit nor a direction"),
         ({"negative_prompt": "ugly"}, "--negative-prompt: unknown word 'ugly'"),
     ],

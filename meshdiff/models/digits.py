@@ -32,7 +32,9 @@ class DigitsModel:
     """
 
     SIZES: ClassVar = {"frames": (8, 24), "height": (32, 48), "width": (32, 48)}
-    """Smallest and largest size that training showed the model."""
+    """Smallest and largest size at which digits stay digits."""
+    MOST_TOKENS = 288
+    """Longest clip of which the same is true, frames and canvas together."""
 
     def __init__(self, transformer: VideoDiT) -> None:
         self.transformer = transformer
@@ -59,6 +61,13 @@ class DigitsModel:
             if size % patch or not smallest <= size <= largest:
                 fits = ", ".join(str(n) for n in range(smallest, largest + 1) if n % patch == 0)
                 raise InputError(f"--{name}", f"{size} given; this model makes {fits}")
+        _, rows, columns = self.grid(request)
+        frames = self.MOST_TOKENS // (rows * columns) * self.config.patch[0]
+        if request.frames > frames:
+            canvas = f"{request.height} x {request.width}"
+            raise InputError(
+                "--frames", f"{request.frames} given; on a canvas of {canvas} this model makes {frames} at most"
+            )
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """Tokens of the clip along (frames, rows, columns)."""
