@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshdiff import CommsCounter, DigitsModel, Layout, Pipeline, Request, init_mesh
 from meshdiff.agreement import from_every_rank
-from meshdiff.launch import start_ranks
+from meshdiff.launch import end_process, start_ranks
 from meshdiff.models.prompts import VOCABULARY
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -205,3 +205,4 @@ if __name__ == "__main__":
         if dist.get_rank() == 0:
             Path(path).write_text(json.dumps(outcome))
         dist.destroy_process_group()
+        end_process(0)

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from meshdiff.agreement import agreed, check_same, is_first_rank
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
-from meshdiff.launch import end_with_launcher, start_ranks
+from meshdiff.launch import end_process, end_with_launcher, start_ranks
 from meshdiff.media import write_video
 from meshdiff.mesh import Layout, check_gpus, init_distributed, init_mesh, launched_world_size, torchrun_command
 from meshdiff.metrics import RunMetrics, StepTimer, collect
@@ -275,6 +275,8 @@ def main(arguments: list[str]) -> int:
         return code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except SystemExit as stop:  # from a signal
+        return int(stop.code or 0)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -289,4 +291,4 @@ if __name__ == "__main__":
     exit_code = main(sys.argv[1:])
     # The first rank to end with an error makes torchrun end the others, whose exit codes are to say the same.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(exit_code)
+    end_process(exit_code)

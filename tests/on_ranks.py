@@ -14,6 +14,7 @@ from tiny import make
 
 from meshdiff import InputError, Layout
 from meshdiff.agreement import agreed, check_same, from_every_rank
+from meshdiff.launch import end_process
 from meshdiff.mesh import init_distributed, init_mesh
 
 
@@ -71,3 +72,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         torch.save(outcome, sys.argv[2])
     dist.destroy_process_group()
+    end_process(0)

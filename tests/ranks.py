@@ -31,5 +31,5 @@ def run_on_ranks(check: str, world_size: int, folder: Path):
     """What `check` of `on_ranks.py` returned on rank 0 of that many processes."""
     result = folder / f"{check}.pt"
     process = torchrun(world_size, str(PROGRAM), check, str(result))
-    assert process.returncode == 0, "\n".join(line for line in process.stderr.splitlines() if line.startswith("[rank"))
+    assert process.returncode == 0, f"exit code {process.returncode}\n{process.stderr[-6000:]}"
     return torch.load(result)
