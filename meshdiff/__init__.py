@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from meshdiff.attention import mesh_attention
+from meshdiff.attention import (
+    ContextParallel,
+    MeshAttention,
+    explain_strategy,
+    joint_attention,
+    mesh_attention,
+    sharded_attention,
+)
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
-from meshdiff.mesh import Layout, init_mesh
+from meshdiff.mesh import Layout, init_mesh, place
 from meshdiff.models import DigitsModel
 from meshdiff.pipeline import Pipeline
 from meshdiff.request import Request
@@ -13,13 +20,19 @@ from meshdiff.simulation import simulate
 
 __all__ = [
     "CommsCounter",
+    "ContextParallel",
     "DigitsModel",
     "InputError",
     "Layout",
+    "MeshAttention",
     "Pipeline",
     "Request",
+    "explain_strategy",
     "init_mesh",
+    "joint_attention",
     "mesh_attention",
+    "place",
+    "sharded_attention",
     "simulate",
 ]
 

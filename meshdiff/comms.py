@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from meshdiff.mesh import groups_within
 from meshdiff.simulation import largest, on_each_rank
 
 __all__ = ["CommsCounter", "Traffic"]
@@ -98,8 +99,8 @@ class CommsCounter(TorchDispatchMode):
     bytes are those of the rank that sends most.
 
     Args:
-        mesh: the mesh whose dims give the counts their names; groups that are
-            not a dim of it are counted under "world" or "other".
+        mesh: the mesh whose dims give the counts their names. Groups that a dim
+            was divided into count as that dim, others under "world" or "other".
 
     Example:
         >>> with CommsCounter(mesh) as comms:
@@ -111,9 +112,7 @@ class CommsCounter(TorchDispatchMode):
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         self.traffic: dict[str, dict[str, Traffic]] = defaultdict(lambda: defaultdict(Traffic))
-        names = mesh.mesh_dim_names or ()
-        self._dims = {mesh.get_group(name).group_name: name for name in names}
-        self._local_ranks = {name: mesh.get_local_rank(name) for name in names}
+        self._mesh = mesh
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -138,9 +137,7 @@ class CommsCounter(TorchDispatchMode):
 
     def _record(self, collective: _Collective, args: tuple[Any, ...]) -> None:
         group = _group_of(args)
-        dim = self._dims.get(group.group_name)
-        if dim is None:
-            dim = "world" if group.size() == dist.get_world_size() else "other"
+        dim, own_rank = self._dim(group)
         payload = [t for t in tree_flatten(args[collective.payload])[0] if isinstance(t, Tensor)]
         splits = list(args[collective.splits]) if collective.splits else []
 
@@ -150,7 +147,18 @@ class CommsCounter(TorchDispatchMode):
 
         traffic = self.traffic[dim][collective.name]
         traffic.count += 1
-        traffic.bytes += largest(sent(self._local_ranks.get(dim, 0), splits, *payload))
+        traffic.bytes += largest(sent(own_rank, splits, *payload))
+
+    def _dim(self, group: dist.ProcessGroup) -> tuple[str, Any]:
+        """The mesh dim that a group belongs to, and this rank's place in the group."""
+        for name in self._mesh.mesh_dim_names or ():
+            whole = self._mesh.get_group(name)
+            if group.group_name == whole.group_name:
+                return name, self._mesh.get_local_rank(name)
+            for part, rank in groups_within(whole):
+                if group.group_name == part:
+                    return name, rank
+        return ("world" if group.size() == dist.get_world_size() else "other"), 0
 
 
 def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,16 +28,22 @@ from meshdiff.errors import InputError
 __all__ = [
     "Layout",
     "check_gpus",
+    "groups_within",
     "init_distributed",
     "init_mesh",
     "launched_world_size",
     "on_mesh",
     "place",
     "replicate_module",
+    "ring_of_groups",
     "torchrun_command",
 ]
 
 CFG, CP = "cfg", "cp"
+
+# torch starts new process groups whenever a mesh is divided, so what a group was divided into is kept
+# for as long as that group lives. Equal meshes of a later world are other groups.
+_DIVIDED: WeakKeyDictionary[dist.ProcessGroup, dict[int, DeviceMesh]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -228,3 +235,23 @@ def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name, buffer in child.named_buffers(recurse=False):
             child._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return module
+
+
+def ring_of_groups(mesh: DeviceMesh, size: int) -> DeviceMesh:
+    """A 1-D mesh seen as groups of `size` neighbours: a 2-D mesh with dims ("ring", "ulysses").
+
+    Every rank must call it, the first time: process groups are started.
+    """
+    groups = _DIVIDED.setdefault(mesh.get_group(), {})
+    if size not in groups:
+        groups[size] = mesh._unflatten(0, (mesh.size() // size, size), ("ring", "ulysses"))
+    return groups[size]
+
+
+def groups_within(group: dist.ProcessGroup) -> list[tuple[str, int | torch.SymInt]]:
+    """What `ring_of_groups` divided the group of a mesh dim into: names of groups, and this rank's place in each."""
+    return [
+        (divided.get_group(name).group_name, divided.get_local_rank(name))
+        for divided in _DIVIDED.get(group, {}).values()
+        for name in ("ring", "ulysses")
+    ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshdiff.attention.exchange import chunk_sizes
+from meshdiff.attention.problem import chunk_sizes
 from meshdiff.errors import InputError
 from meshdiff.guidance import Combine, classifier_free, divide_branches, run_branches
 from meshdiff.mesh import Layout, place, replicate_module

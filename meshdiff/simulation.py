@@ -65,8 +65,8 @@ def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
     """Make `function` see plain tensors and integers of one rank at a time in a simulation.
 
     Everywhere else the function runs as it is. It must not call collectives.
-    Needed wherever a shape or an index depends on the rank. A function of
-    tensors that returns one tensor stays differentiable.
+    Needed wherever a shape or an index depends on the rank. A function that
+    returns a tensor, or a tuple of them, stays differentiable.
     """
     per_rank = _per_rank(function)
 
@@ -95,21 +95,34 @@ class _OnEachRank(torch.autograd.Function):
     """Autograd records nothing of what happens to the values inside a simulated tensor, so this does."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
         ctx.function = function
-        ctx.save_for_backward(*inputs)
-        return _per_rank(function)(*inputs)
+        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
+        ctx.tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
+        ctx.save_for_backward(*(args[i] for i in ctx.tensors))
+        return _per_rank(function)(*args)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        @_per_rank
-        def gradients(gradient: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-                output = ctx.function(*inputs)
-            return torch.autograd.grad(output, inputs, gradient, materialize_grads=True)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [i for i in ctx.tensors if ctx.needs_input_grad[i + 1]]
 
-        return None, *gradients(gradient, *ctx.saved_tensors)
+        @_per_rank
+        def input_gradients(gradients: tuple[Tensor, ...], *args: Any) -> tuple[Tensor, ...]:
+            # A torch function mode of the caller has had its say in the forward pass.
+            with torch.enable_grad(), torch._C.DisableTorchFunction():
+                args = tuple(
+                    arg.detach().requires_grad_(i in wanted) if isinstance(arg, Tensor) else arg
+                    for i, arg in enumerate(args)
+                )
+                outputs = ctx.function(*args)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return torch.autograd.grad(outputs, [args[i] for i in wanted], gradients, materialize_grads=True)
+
+        args = list(ctx.others)
+        for i, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            args[i] = tensor
+        found = dict(zip(wanted, input_gradients(gradients, *args), strict=True))
+        return None, *(found.get(i) for i in range(len(args)))
 
 
 def rank_values(tensor: Tensor) -> list[Tensor]:

@@ -5,17 +5,19 @@ A check is a function that every rank calls; what it returns on rank 0 is saved.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 import torch.distributed as dist
-from attention_cases import CASES, attend
+from attention_cases import CASES, JOINT, Case, attend, attend_jointly, fits
 from tiny import make
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from meshdiff import InputError, Layout
+from meshdiff import InputError, Layout, MeshAttention, mesh_attention
 from meshdiff.agreement import agreed, check_same, from_every_rank
 from meshdiff.launch import end_process
-from meshdiff.mesh import init_distributed, init_mesh
+from meshdiff.mesh import init_distributed, init_mesh, place
 
 
 def layouts() -> dict:
@@ -36,14 +38,60 @@ def compiled() -> tuple:
     return video, from_every_rank(comms)
 
 
-def attention() -> list:
-    """Output, gradients and traffic of every case."""
+def attention() -> dict:
+    """Output, gradients and every rank's traffic of every case; outputs and gradients of joint ones."""
     mesh = init_mesh(Layout(1, dist.get_world_size()), "cpu")["cp"]
-    results = []
+    results = {}
     for case in CASES:
-        values, comms = attend(case, mesh)
-        results.append((values, from_every_rank(comms)))
-    return results
+        if fits(case, mesh.size()):
+            values, comms = attend(case, mesh)
+            results[case] = values, from_every_rank(comms)
+    return results | {case: attend_jointly(case, mesh) for case in JOINT}
+
+
+def compiled_attention() -> list[bool]:
+    """Whether each strategy, compiled without a graph break, gives the bits that it gives otherwise."""
+    mesh = init_mesh(Layout(1, dist.get_world_size()), "cpu")["cp"]
+    same = []
+    for strategy in ("ulysses", "gather"):
+        torch._dynamo.reset()
+        case = Case(30 + mesh.size(), 6, batch=2, strategy=strategy)
+        *inputs, gradient = (place(tensor, mesh, [Shard(1)]) for tensor in case.tensors())
+        plain = MeshAttention(strategy=strategy)
+        outcomes = []
+        for attention in (plain, torch.compile(plain, fullgraph=True)):
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            output = attention(*leaves)
+            output.backward(gradient)
+            outcomes.append([output.full_tensor(), *(leaf.grad.full_tensor() for leaf in leaves)])
+        same.append(all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True)))
+    return same
+
+
+def checked_attention() -> list[str]:
+    """What every rank hears with MESHDIFF_CHECK=1 when rank 1 alone holds something else."""
+    os.environ["MESHDIFF_CHECK"] = "1"
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_mesh(Layout(1, world), "cpu")["cp"]
+    x = torch.randn(1, 6 * world, 4, 8, generator=torch.Generator().manual_seed(0))
+    sharded = place(x, mesh, [Shard(1)])
+    guessed = DTensor.from_local(x[:, : 5 if rank else 6], mesh, [Shard(1)], run_check=False)
+    other = place(x + (rank == 1), mesh, [Replicate()])
+    mask = torch.ones(6 * world, dtype=torch.bool)
+    mask[0] = rank != 1
+    heard = []
+    for arguments, options in (
+        ((guessed, guessed, guessed), {}),
+        ((sharded, other, other), {}),
+        ((sharded, sharded, sharded), {"attn_mask": mask}),
+        ((sharded, sharded, sharded), {"scale": 1.0 + (rank == 1)}),
+    ):
+        try:
+            mesh_attention(*arguments, **options)
+        except ValueError as error:
+            heard.append(str(error))
+    mesh_attention(sharded, sharded, sharded)
+    return from_every_rank(heard)
 
 
 def agreement() -> list[str]:
@@ -68,7 +116,8 @@ def agreement() -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init_distributed()
-    outcome = {"layouts": layouts, "compiled": compiled, "attention": attention, "agreement": agreement}[sys.argv[1]]()
+    checks = (layouts, compiled, attention, compiled_attention, checked_attention, agreement)
+    outcome = {check.__name__: check for check in checks}[sys.argv[1]]()
     if dist.get_rank() == 0:
         torch.save(outcome, sys.argv[2])
     dist.destroy_process_group()

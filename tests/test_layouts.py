@@ -102,27 +102,16 @@ def test_compiled_blocks_give_the_same_and_send_the_same(tmp_path):
 @pytest.mark.parametrize("broken_rank", [0, 1, 2])
 def test_parity_fails_when_attention_is_wrong_on_one_rank_only(broken_rank, monkeypatch):
     ulysses_module = import_module("meshdiff.attention.ulysses")
-    attend = ulysses_module.attend_locally
+    attend = ulysses_module._attend
 
     @on_each_rank
     def disturb(shard: torch.Tensor, rank: int) -> torch.Tensor:
         return shard * 1.01 if rank == broken_rank else shard
 
-    def attend_badly(query, key, value):
-        return attend(
-            type(query).from_local(
-                disturb(query.to_local(), query.device_mesh.get_local_rank()),
-                query.device_mesh,
-                query.placements,
-                run_check=False,
-                shape=query.shape,
-                stride=query.stride(),
-            ),
-            key,
-            value,
-        )
+    def attend_badly(problem, rank, query, *others):
+        return attend(problem, rank, disturb(query, rank), *others)
 
-    monkeypatch.setattr(ulysses_module, "attend_locally", attend_badly)
+    monkeypatch.setattr(ulysses_module, "_attend", attend_badly)
     with simulate(3):
         video, _ = make(Layout(1, 3), 2)
     with pytest.raises(AssertionError):

@@ -7,131 +7,169 @@ value one after the other. This is the one place where the transition happens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
-from meshdiff.attention.local import from_shard
-from meshdiff.placements import SEQUENCE
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["chunk_sizes", "exchange"]
+__all__ = ["Exchange", "heads_to_sequence", "sequence_to_heads"]
 
 
-def chunk_sizes(length: int, chunks: int) -> list[int]:
-    """How DTensor divides `length` between ranks: ceil-sized parts, the last ones short or empty.
+@dataclass(frozen=True)
+class Exchange:
+    """Who holds how many tokens before, and which heads after, of tensors that travel together.
 
-    >>> chunk_sizes(61, 4)
-    [16, 16, 16, 13]
+    Attributes:
+        mesh: the ranks that exchange, on a 1-D mesh.
+        tokens: the tokens of each of those ranks; one such list for each group,
+            where a larger mesh is made of several groups that exchange apart.
+        heads: for each tensor, the heads of each rank. Ranges may overlap: a
+            head of key and value that several ranks need goes to each of them.
+        group: which of the lists is this rank's.
     """
-    size = -(-length // chunks)
-    return [max(0, min(size, length - i * size)) for i in range(chunks)]
+
+    mesh: DeviceMesh
+    tokens: tuple[tuple[int, ...], ...]
+    heads: tuple[tuple[range, ...], ...]
+    group: int = 0
 
 
-def exchange(tensors: Sequence[DTensor], source: Shard, target: Shard) -> list[DTensor]:
-    """Move tensors of one shape from one shard dim to another, in a single all-to-all.
+def sequence_to_heads(exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
+    """All tokens of this rank's heads, from its own tokens of all heads, in a single all-to-all.
 
-    Differentiable. Any lengths: where ranks do not divide a dim, each holds
-    DTensor's own uneven chunk and nothing is padded.
+    Differentiable. Any lengths and head counts; nothing is padded.
 
     Args:
-        tensors: DTensors `[batch, seq, heads, head_dim]` of the same shape and
-            dtype, all placed `[source]` on the same 1-D mesh.
-        source, target: `SEQUENCE` and `HEADS`, or the reverse.
+        shards: this rank's `[batch, own seq, heads, head_dim]` of each tensor.
 
     Returns:
-        The tensors placed `[target]`.
+        `[batch, seq, own heads, head_dim]` of each tensor, the tokens in the order of ranks.
     """
-    return list(_Exchange.apply(source, target, *tensors))
+    return _SequenceToHeads.apply(exchange, *shards)
 
 
-class _Exchange(torch.autograd.Function):
-    """The exchange; its gradient is the exchange back."""
+def heads_to_sequence(exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
+    """The way back: `[batch, own seq, heads, head_dim]` from `[batch, seq, own heads, head_dim]`.
+
+    Where several ranks hold a head, the sum of theirs, which makes it the
+    gradient of `sequence_to_heads`.
+    """
+    return _HeadsToSequence.apply(exchange, *shards)
+
+
+class _SequenceToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        mesh, group, rank = exchange.mesh, exchange.group, exchange.mesh.get_local_rank()
+        batch, _, _, head_dim = shards[0].shape
+        received = funcol.all_to_all_single(
+            _pack_tokens(exchange.heads, *shards),
+            output_split_sizes=_sizes(exchange, batch * head_dim, group, rank, by_tokens=True),
+            input_split_sizes=_sizes(exchange, batch * head_dim, group, rank, by_tokens=False),
+            group=mesh,
+        )
+        return _unpack_tokens(funcol.wait_tensor(received), exchange, group, rank, batch, head_dim)
 
     @staticmethod
-    def forward(ctx: Any, source: Shard, target: Shard, *tensors: DTensor) -> tuple[DTensor, ...]:
-        ctx.source, ctx.target = source, target
-        first = tensors[0]
-        shards: Sequence[Tensor] = [tensor.to_local() for tensor in tensors]
-        if first.device_mesh.size() > 1:
-            shards = _exchange_shards(first.device_mesh, first.shape, source, target, shards)
-        return tuple(from_shard(shard, first.device_mesh, target, first.shape, first.stride()) for shard in shards)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *_HeadsToSequence.apply(ctx.exchange, *gradients)
+
+
+class _HeadsToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        mesh, group, rank = exchange.mesh, exchange.group, exchange.mesh.get_local_rank()
+        batch, _, _, head_dim = shards[0].shape
+        received = funcol.all_to_all_single(
+            _pack_heads(*shards),
+            output_split_sizes=_sizes(exchange, batch * head_dim, group, rank, by_tokens=False),
+            input_split_sizes=_sizes(exchange, batch * head_dim, group, rank, by_tokens=True),
+            group=mesh,
+        )
+        return _unpack_heads(funcol.wait_tensor(received), exchange, group, rank, batch, head_dim)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: DTensor) -> tuple[Any, ...]:
-        placed = [gradient.redistribute(placements=[ctx.target]) for gradient in gradients]
-        return None, None, *_Exchange.apply(ctx.target, ctx.source, *placed)
-
-
-def _exchange_shards(
-    mesh: DeviceMesh, shape: torch.Size, source: Shard, target: Shard, shards: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    rank, ranks = mesh.get_local_rank(), mesh.size()
-    kept, given = chunk_sizes(shape[source.dim], ranks), chunk_sizes(shape[target.dim], ranks)
-    # Elements that cross for each pair of an index of the source dim and one of the target dim.
-    unit = len(shards) * shape[0] * shape[3]
-
-    buffer = _pack(given, target.dim, *shards)
-    received = funcol.all_to_all_single(
-        buffer,
-        output_split_sizes=_message_sizes(unit, given, kept, rank),
-        input_split_sizes=_message_sizes(unit, kept, given, rank),
-        group=mesh,
-    )
-    received = funcol.wait_tensor(received)
-    unpack = _unpack_sequence if source == SEQUENCE else _unpack_heads
-    return unpack(received, rank, tuple(kept), tuple(given), len(shards), shape[0], shape[3])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *_SequenceToHeads.apply(ctx.exchange, *gradients)
 
 
 @on_each_rank
-def _message_sizes(unit: int, own: list[int], others: list[int], rank: int) -> list[int]:
-    """Elements of the message between this rank, by its size of one dim, and each other, by theirs of the other."""
-    return [unit * own[rank] * size for size in others]
+def _sizes(exchange: Exchange, unit: int, group: int, rank: int, *, by_tokens: bool) -> list[int]:
+    """Elements that this rank and each other have in common: own heads of their tokens, or the reverse."""
+    tokens = exchange.tokens[group]
+    heads = [sum(len(ranges[r]) for ranges in exchange.heads) for r in range(len(tokens))]
+    if by_tokens:
+        return [unit * heads[rank] * theirs for theirs in tokens]
+    return [unit * tokens[rank] * theirs for theirs in heads]
 
 
-# A message is laid out [seq, batch, tensor, heads, head_dim]. With the sequence
-# outermost, what arrives from all ranks is in order already when the sequence is
-# what was divided: the tensors are views of the receive buffer, for every batch
-# size and every uneven length.
+# A message is laid out [seq, batch, heads, head_dim], with the heads of all tensors side
+# by side. With the sequence outermost, what arrives from all ranks is in order already
+# when the sequence is what was divided: the tensors are views of the receive buffer, for
+# every batch size and every uneven length.
 
 
 @on_each_rank
-def _pack(given: list[int], dim: int, *shards: Tensor) -> Tensor:
-    """One message for each rank, one after the other, with a single copy of each element."""
-    batch, seq, heads, head_dim = shards[0].shape
-    buffer = shards[0].new_empty(len(shards) * shards[0].numel())
-    pieces = [shard.split(given, dim=dim) for shard in shards]  # [tensor][rank]
-    sizes = [sum(tensor[r].numel() for tensor in pieces) for r in range(len(given))]
-    for rank, message in enumerate(buffer.split(sizes)):
-        seq_r, heads_r = (given[rank], heads) if dim == SEQUENCE.dim else (seq, given[rank])
-        view = message.view(seq_r, batch, len(shards), heads_r, head_dim)
-        for i, tensor in enumerate(pieces):
-            view[:, :, i].copy_(tensor[rank].transpose(0, 1))
+def _pack_tokens(heads: tuple[tuple[range, ...], ...], *shards: Tensor) -> Tensor:
+    """Own tokens, for each rank those of its heads."""
+    batch, seq, _, head_dim = shards[0].shape
+    widths = [sum(map(len, ranges)) for ranges in zip(*heads, strict=True)]
+    buffer = shards[0].new_empty(seq * batch * sum(widths) * head_dim)
+    for rank, message in enumerate(buffer.split([seq * batch * width * head_dim for width in widths])):
+        view, start = message.view(seq, batch, widths[rank], head_dim), 0
+        for ranges, shard in zip(heads, shards, strict=True):
+            own = ranges[rank]
+            view[:, :, start : start + len(own)].copy_(shard[:, :, own.start : own.stop].transpose(0, 1))
+            start += len(own)
     return buffer
 
 
 @on_each_rank
-def _unpack_sequence(
-    received: Tensor, rank: int, kept: tuple[int, ...], given: tuple[int, ...], count: int, batch: int, head_dim: int
+def _unpack_tokens(
+    received: Tensor, exchange: Exchange, group: int, rank: int, batch: int, head_dim: int
 ) -> tuple[Tensor, ...]:
-    """Views `[batch, seq, own heads, head_dim]` of parts that arrived in the order of the sequence."""
-    stacked = received.view(sum(kept), batch, count, given[rank], head_dim)
-    return tuple(stacked[:, :, i].transpose(0, 1) for i in range(count))
+    """Views `[batch, seq, own heads, head_dim]` of parts that arrived in the order of ranks."""
+    widths = [len(ranges[rank]) for ranges in exchange.heads]
+    stacked = received.view(sum(exchange.tokens[group]), batch, sum(widths), head_dim)
+    return tuple(part.transpose(0, 1) for part in stacked.split(widths, dim=2))
+
+
+@on_each_rank
+def _pack_heads(*shards: Tensor) -> Tensor:
+    """Own heads of all tokens: the tokens of each rank follow each other as they are."""
+    rows = [shard.transpose(0, 1) for shard in shards]
+    return (torch.cat(rows, dim=2) if len(rows) > 1 else rows[0].contiguous()).view(-1)
 
 
 @on_each_rank
 def _unpack_heads(
-    received: Tensor, rank: int, kept: tuple[int, ...], given: tuple[int, ...], count: int, batch: int, head_dim: int
+    received: Tensor, exchange: Exchange, group: int, rank: int, batch: int, head_dim: int
 ) -> tuple[Tensor, ...]:
-    """`[batch, own seq, heads, head_dim]`, from parts that each hold some of the heads."""
-    seq = given[rank]
-    parts = received.split([count * batch * head_dim * seq * heads for heads in kept])
+    """`[batch, own seq, heads, head_dim]`, from parts that each hold some of the heads of each tensor."""
+    seq = exchange.tokens[group][rank]
+    widths = [[len(own) for own in ranges] for ranges in zip(*exchange.heads, strict=True)]  # [rank][tensor]
+    messages = received.split([seq * batch * sum(parts) * head_dim for parts in widths])
     views = [
-        part.view(seq, batch, count, heads, head_dim).transpose(0, 1) for part, heads in zip(parts, kept, strict=True)
-    ]  # one for each rank, [batch, own seq, tensor, its heads, head_dim]
-    return tuple(torch.cat([view[:, :, i] for view in views], dim=2) for i in range(count))
+        message.view(seq, batch, sum(parts), head_dim).transpose(0, 1).split(parts, dim=2)
+        for message, parts in zip(messages, widths, strict=True)
+    ]
+    return tuple(_join([parts[i] for parts in views], ranges) for i, ranges in enumerate(exchange.heads))
+
+
+def _join(parts: list[Tensor], ranges: tuple[range, ...]) -> Tensor:
+    if all(one.stop <= other.start for one, other in pairwise(own for own in ranges if own)):
+        return torch.cat(parts, dim=2)
+    batch, seq, _, head_dim = parts[0].shape
+    heads, dtype = max(own.stop for own in ranges), torch.promote_types(parts[0].dtype, torch.float32)
+    total = parts[0].new_zeros(batch, seq, heads, head_dim, dtype=dtype)
+    for part, own in zip(parts, ranges, strict=True):
+        total[:, :, own.start : own.stop] += part
+    return total.to(parts[0].dtype)

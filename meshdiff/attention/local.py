@@ -1,4 +1,4 @@
-"""Attention that needs nothing from other ranks."""
+"""Attention that needs nothing from other ranks, and the way from DTensors to shards and back."""
 
 from __future__ import annotations
 
@@ -11,69 +11,101 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.placement_types import Placement
 
+from meshdiff.attention.masks import causal, part
+from meshdiff.attention.problem import Problem, count
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["attend_locally", "from_shard", "scaled_dot_product_attention"]
+__all__ = ["attend_rows", "from_shard", "scaled_dot_product_attention", "to_shard"]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of plain tensors `[batch, seq, heads, head_dim]`, by torch's own kernels.
+
+    Key and value may have fewer heads, by a whole factor.
+    """
+    if query.numel() == 0 or key.numel() == 0:
+        # A rank without tokens or heads: torch's CPU kernel divides by their number. The sums
+        # are there for the gradients, which are zero but have to arrive.
+        return query * 0 + key.sum() + value.sum()
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32):
+        attn_mask = attn_mask.to(query.dtype)
+    seq = query.shape[1]
+    if query.device.type == "cpu" and seq != key.shape[1]:
+        # The CPU kernel takes queries in blocks, and a last block of fewer than 4 rows goes to a matrix
+        # product that adds up in another order: the result of a shard would depend on its length.
+        missing = -seq % 4
+        query = F.pad(query, (0, 0, 0, 0, 0, missing))
+        if attn_mask is not None and attn_mask.shape[-2] > 1:
+            attn_mask = F.pad(attn_mask, (0, 0, 0, missing), value=True)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    attended = F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+    return attended.transpose(1, 2)[:, :seq].contiguous()
 
 
 @on_each_rank
-def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of plain tensors `[batch, seq, heads, head_dim]`, by torch's own kernels."""
-    if query.numel() == 0:
-        # A rank without heads: torch's CPU kernel divides by their number. The sums are
-        # there for the gradients, which are zero but have to arrive.
-        return query + key.sum() + value.sum()
-    seq = query.shape[1]
-    if query.device.type == "cpu":
-        # The CPU kernel takes queries in blocks, and a last block of fewer than 4 rows goes to a matrix
-        # product that adds up in another order: a shard's result would depend on its length.
-        query = F.pad(query, (0, 0, 0, 0, 0, -seq % 4))
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)[:, :seq].contiguous()
-
-
-def attend_locally(query: DTensor, key: DTensor, value: DTensor) -> DTensor:
-    """Attention of each rank's own shards.
-
-    Left to DTensor, `F.scaled_dot_product_attention` would quietly gather
-    them, and gather differently on each kind of device.
+def attend_rows(
+    problem: Problem, rank: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Attention of a rank's own queries to all keys, which it holds in their order.
 
     Args:
-        query: `[batch, seq, heads, head_dim]`, sharded by heads or by sequence.
-        key, value: placed alike for a shard of the heads; whole on every rank
-            for a shard of the query's sequence.
-
-    Returns:
-        A DTensor of query's shape, placed as query.
+        query: `[batch, own seq, heads, head_dim]`.
+        key, value: `[batch, seq, kv_heads, head_dim]`.
+        mask: the whole mask, see `masks.whole_mask`.
     """
-    attended = scaled_dot_product_attention(*(_ToShard.apply(tensor) for tensor in (query, key, value)))
-    return from_shard(attended, query.device_mesh, query.placements[0], query.shape, query.stride())
+    queries, keys = problem.queries[rank], range(sum(map(count, problem.keys)))
+    rows = None if mask is None else part(mask, None, queries, None)
+    if not problem.is_causal or queries == (range(count(queries)),):
+        return scaled_dot_product_attention(query, key, value, rows, problem.is_causal, problem.scale)
+    seen = causal(queries, (keys,), query.device)
+    return scaled_dot_product_attention(query, key, value, both(rows, seen), scale=problem.scale)
 
 
-def from_shard(
-    shard: Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Size, stride: tuple[int, ...]
-) -> DTensor:
-    """A DTensor of the given global shape and stride, of which this rank holds `shard`."""
-    return DTensor.from_local(shard, mesh, [placement], run_check=False, shape=shape, stride=stride)
+def both(mask: Tensor | None, seen: Tensor | bool) -> Tensor | None:
+    """What a mask and causality allow together."""
+    if isinstance(seen, bool):
+        return mask
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
-class _ToShard(torch.autograd.Function):
-    """This rank's part of a DTensor.
+def from_shard(shard: Tensor, mesh: DeviceMesh, placement: Placement, like: Tensor) -> DTensor:
+    """A DTensor of the global shape and stride of `like`, of which this rank holds `shard`."""
+    return DTensor.from_local(shard, mesh, [placement], run_check=False, shape=like.shape, stride=like.stride())
+
+
+def to_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, differentiable.
 
     Unlike `DTensor.to_local`, it knows that every rank's gradient of a whole
     tensor is only its share of it, and it does not guess the gradient's global
     stride from a shard, which is wrong where ranks hold uneven ones.
     """
+    return _ToShard.apply(tensor)
 
+
+class _ToShard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: DTensor) -> Tensor:
         placement = tensor.placements[0]
         ctx.placement = Partial() if placement.is_replicate() else placement
-        ctx.whole = tensor.device_mesh, tensor.shape, tensor.stride()
+        ctx.mesh, ctx.shape, ctx.stride = tensor.device_mesh, tensor.shape, tensor.stride()
         local = tensor.to_local()
         return local.view_as(local)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> DTensor:
-        mesh, shape, stride = ctx.whole
-        return from_shard(gradient, mesh, ctx.placement, shape, stride)
+        return DTensor.from_local(
+            gradient, ctx.mesh, [ctx.placement], run_check=False, shape=ctx.shape, stride=ctx.stride
+        )

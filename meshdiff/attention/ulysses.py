@@ -13,18 +13,70 @@ heads wait.
 
 from __future__ import annotations
 
-from torch.distributed.tensor import DTensor
+from itertools import chain, pairwise
 
-from meshdiff.attention.exchange import exchange
-from meshdiff.attention.local import attend_locally
-from meshdiff.placements import HEADS, SEQUENCE
+import torch
+from torch import Tensor
+
+from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
+from meshdiff.attention.local import scaled_dot_product_attention
+from meshdiff.attention.masks import part
+from meshdiff.attention.problem import Problem, Tokens, count
+from meshdiff.simulation import on_each_rank
 
 __all__ = ["ulysses"]
 
 
-def ulysses(query: DTensor, key: DTensor, value: DTensor) -> DTensor:
-    """Self-attention of `[batch, seq, heads, head_dim]` placed `Shard(1)` on a 1-D mesh."""
-    query, key, value = exchange([query, key, value], SEQUENCE, HEADS)
-    attended = attend_locally(query, key, value)
-    (attended,) = exchange([attended], HEADS, SEQUENCE)
-    return attended
+def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
+    mesh, rank = problem.mesh, problem.mesh.get_local_rank()
+    if problem.ranks == 1:
+        return _attend(problem, rank, query, key, value, mask)
+    heads, key_heads = problem.query_heads(problem.ranks), problem.key_heads(problem.ranks)
+    queries, keys = (tuple(map(count, tokens)) for tokens in (problem.queries, problem.keys))
+    if queries == keys:
+        query, key, value = sequence_to_heads(
+            Exchange(mesh, (queries,), (heads, key_heads, key_heads)), query, key, value
+        )
+    else:
+        (query,) = sequence_to_heads(Exchange(mesh, (queries,), (heads,)), query)
+        key, value = sequence_to_heads(Exchange(mesh, (keys,), (key_heads, key_heads)), key, value)
+    attended = _attend(problem, rank, query, key, value, mask)
+    return heads_to_sequence(Exchange(mesh, (queries,), (heads,)), attended)[0]
+
+
+@on_each_rank
+def _attend(problem: Problem, rank: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a rank's heads, whose tokens are in the order of ranks before and after."""
+    own, of_keys = problem.query_heads(problem.ranks)[rank], problem.key_heads(problem.ranks)[rank]
+    queries, keys = (tuple(chain.from_iterable(tokens)) for tokens in (problem.queries, problem.keys))
+    key, value = (_for_queries(problem, own, of_keys, in_order(tensor, keys)) for tensor in (key, value))
+    rows = None if mask is None else part(mask, own, None, None)
+    attended = scaled_dot_product_attention(
+        in_order(query, queries), key, value, rows, problem.is_causal, problem.scale
+    )
+    return out_of_order(attended, queries)
+
+
+def _for_queries(problem: Problem, own: range, of_keys: range, tensor: Tensor) -> Tensor:
+    """Heads of key or value such that query heads divide evenly between them."""
+    needed = [head // problem.group - of_keys.start for head in own]
+    even = len(own) // max(1, len(of_keys))
+    if needed == [i // even for i in range(len(of_keys) * even)]:
+        return tensor
+    return tensor.index_select(2, torch.tensor(needed, device=tensor.device))
+
+
+def in_order(tensor: Tensor, tokens: Tokens) -> Tensor:
+    """`[batch, seq, ...]` held in the order `tokens`, in the order of the sequence."""
+    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
+        return tensor
+    pieces = tensor.split([len(own) for own in tokens], dim=1)
+    return torch.cat([pieces[i] for i in sorted(range(len(tokens)), key=lambda i: tokens[i].start)], dim=1)
+
+
+def out_of_order(tensor: Tensor, tokens: Tokens) -> Tensor:
+    """`[batch, seq, ...]` in the order of the sequence, in the order `tokens`."""
+    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
+        return tensor
+    return torch.cat([tensor[:, own.start : own.stop] for own in tokens], dim=1)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from meshdiff.attention import mesh_attention
+from meshdiff.attention import MeshAttention
 
 
 def rope_3d(grid: tuple[int, int, int], head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.norm_query = nn.RMSNorm(dim, eps=eps)
         self.norm_key = nn.RMSNorm(dim, eps=eps)
+        self.attention = MeshAttention()
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module):
         query, key = self.norm_query(query), self.norm_key(key)
         # [batch, seq, dim] -> [batch, seq, heads, head_dim]
         query, key, value = (t.unflatten(-1, (self.heads, -1)) for t in (query, key, value))
-        attended = mesh_attention(apply_rope(query, rope), apply_rope(key, rope), value)
+        attended = self.attention(apply_rope(query, rope), apply_rope(key, rope), value)
         return self.out(attended.flatten(-2))
 
 
@@ -101,6 +102,7 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * dim)
         self.norm_query = nn.RMSNorm(dim, eps=eps)
         self.norm_key = nn.RMSNorm(dim, eps=eps)
+        self.attention = MeshAttention()
         self.out = nn.Linear(dim, dim)
 
     def project(self, context: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ class CrossAttention(nn.Module):
         """`x` `[batch, seq, dim]`, `keys_values` as `project` returns them."""
         query = self.norm_query(self.query(x)).unflatten(-1, (self.heads, -1))
         key, value = keys_values.unbind(1)
-        return self.out(mesh_attention(query, key, value).flatten(-2))
+        return self.out(self.attention(query, key, value).flatten(-2))
 
 
 class Block(nn.Module):

@@ -1,0 +1,190 @@
+"""What may be given to mesh attention; anything else is an error that says how to put it right."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from meshdiff.attention.choice import choose_strategy
+from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
+from meshdiff.placements import SEQUENCE, WHOLE
+from meshdiff.simulation import is_simulated, rank_values
+
+__all__ = ["CHECK", "check_ranks", "describe", "placement", "plain_mask", "read"]
+
+CHECK = "MESHDIFF_CHECK"
+"""The environment variable that makes every attention compare what its ranks hold."""
+
+
+def read(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    strategy: str = "auto",
+) -> Problem | None:
+    """The problem that DTensors pose by their shapes and placements; None for plain tensors.
+
+    Raises:
+        ValueError: if they pose none, or one that `strategy` cannot solve.
+    """
+    given = describe(query=query, key=key, value=value)
+    tensors = (query, key, value)
+    if any(tensor.ndim != 4 for tensor in tensors):
+        raise ValueError(f"attention takes [batch, seq, heads, head_dim]; given {given}")
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
+        raise ValueError(f"key and value need one shape, and query their batch; given {given}")
+    if query.shape[3] != key.shape[3] or key.shape[3] != value.shape[3]:
+        raise ValueError(f"query, key and value need one head_dim; given {given}")
+    if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the heads of key and value must divide those of query; given {given}; if they are "
+            "[batch, heads, seq, head_dim], pass each with .transpose(1, 2)"
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value need one dtype; given {given}; pass each with .to({query.dtype})")
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return None
+    if not (isinstance(query, DTensor) and isinstance(key, DTensor) and isinstance(value, DTensor)):
+        raise ValueError(
+            f"attention takes plain tensors or DTensors, not both; given {given}; "
+            "meshdiff.place(tensor, mesh, [Shard(1)]) makes a DTensor of a plain tensor that every rank holds whole"
+        )
+    if query.device_mesh.ndim != 1 or not query.device_mesh == key.device_mesh == value.device_mesh:
+        raise ValueError(f'attention takes DTensors on one 1-D mesh, mesh["cp"] say; given {given}')
+    placements = [placement(tensor) for tensor in tensors]
+    if placements not in ([SEQUENCE] * 3, [SEQUENCE, WHOLE, WHOLE]):
+        raise ValueError(
+            "attention takes [batch, seq, heads, head_dim] with query Shard(1), and key and value both Shard(1) or "
+            f"both Replicate(); given {given}; use .redistribute(placements=[Shard(1)])"
+        )
+    mesh, keys = query.device_mesh, key.shape[1]
+    problem = Problem(
+        mesh=mesh,
+        batch=query.shape[0],
+        heads=query.shape[2],
+        kv_heads=key.shape[2],
+        head_dim=query.shape[3],
+        dtype=query.dtype,
+        queries=tuple((own,) for own in chunk_ranges(query.shape[1], mesh.size())),
+        keys=tuple((own,) for own in chunk_ranges(keys, mesh.size())),
+        masked=attn_mask is not None,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    choose_strategy(problem, strategy)
+    return problem
+
+
+def placement(tensor: Tensor) -> Placement | None:
+    """Of a DTensor on a 1-D mesh; None for a plain tensor."""
+    return tensor.placements[0] if isinstance(tensor, DTensor) else None
+
+
+def plain_mask(mask: Tensor) -> Tensor:
+    """The whole mask that every rank holds, from a plain tensor or a replicated DTensor."""
+    if not isinstance(mask, DTensor):
+        return mask
+    if any(p != WHOLE for p in mask.placements):
+        raise ValueError(
+            f"attn_mask is to be whole on every rank; given {describe(attn_mask=mask)}; "
+            "use .redistribute(placements=[Replicate()])"
+        )
+    return mask.to_local()
+
+
+def describe(**tensors: Tensor) -> str:
+    """Shapes, placements and meshes in words, for an error."""
+    return ", ".join(f"{name} {_describe(tensor)}" for name, tensor in tensors.items())
+
+
+def _describe(tensor: Tensor) -> str:
+    kind = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    if isinstance(tensor, DTensor):
+        return f"{kind} {list(tensor.placements)} on mesh {tensor.device_mesh.mesh_dim_names}"
+    return f"{kind} plain"
+
+
+def check_ranks(problem: Problem, strategy: str, **tensors: Tensor | None) -> None:
+    """With `MESHDIFF_CHECK=1`, compare what ranks were given and raise on all of them where it does not fit.
+
+    Checked: that every rank has the same problem, the shard that its placement
+    says, and equal values of what is to be equal. Costs one small collective
+    and a pass over replicated values; nothing when off.
+
+    Raises:
+        ValueError: naming the tensor, the rank and the difference.
+    """
+    if os.environ.get(CHECK, "0") in ("", "0"):
+        return
+    settings = {"strategy": strategy, "is_causal": problem.is_causal, "scale": problem.scale}
+    facts = _from_each_rank(problem, {name: t for name, t in tensors.items() if t is not None}, settings)
+    for rank, held in enumerate(facts):
+        for name, fact in held.items():
+            if fact != facts[0].get(name):
+                raise ValueError(
+                    f"{CHECK}: {name} differs between ranks of mesh {problem.mesh.mesh_dim_names}: "
+                    f"rank 0 has {facts[0].get(name)}, rank {rank} has {fact}"
+                )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor) or tensor.placements[0] == WHOLE:
+            continue
+        sizes = chunk_sizes(tensor.shape[1], problem.ranks)
+        for rank, length in enumerate(_lengths(problem, tensor)):
+            if length != sizes[rank]:
+                raise ValueError(
+                    f"{CHECK}: {name} {list(tensor.shape)} Shard(1) means {sizes[rank]} tokens on rank {rank}, which "
+                    f"holds {length}; DTensor.from_local of uneven shards needs the whole tensor's shape= and stride="
+                )
+
+
+def _from_each_rank(problem: Problem, tensors: dict[str, Tensor], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank of the mesh was given, in its order."""
+    kinds = {name: _describe(tensor) for name, tensor in tensors.items()}
+    whole = {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in tensors.items()
+        if not isinstance(tensor, DTensor) or tensor.placements[0] == WHOLE
+    }
+    if is_simulated():
+        values = {name: _by_rank(problem, tensor) for name, tensor in whole.items()}
+        return [
+            {**settings, **kinds, **{f"the value of {name}": _digest(v[rank]) for name, v in values.items()}}
+            for rank in range(problem.ranks)
+        ]
+    own = {**settings, **kinds, **{f"the value of {name}": _digest(tensor) for name, tensor in whole.items()}}
+    return _gather_objects(problem, own)
+
+
+def _lengths(problem: Problem, tensor: DTensor) -> list[int]:
+    """How many tokens each rank of the mesh holds."""
+    local = tensor.to_local()
+    if is_simulated():
+        return [value.shape[1] for value in _by_rank(problem, local)]
+    return _gather_objects(problem, local.shape[1])
+
+
+def _by_rank(problem: Problem, tensor: Tensor) -> list[Tensor]:
+    values = rank_values(tensor)
+    return [values[rank] for rank in problem.mesh.mesh.tolist()] if len(values) > 1 else values * problem.ranks
+
+
+def _gather_objects(problem: Problem, own: Any) -> list[Any]:
+    everyone: list[Any] = [None] * problem.ranks
+    dist.all_gather_object(everyone, own, group=problem.mesh.get_group())
+    return everyone
+
+
+def _digest(tensor: Tensor) -> str:
+    """A short name for the values, to the bit."""
+    values = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(ctypes.string_at(values.data_ptr(), values.nbytes)).hexdigest()[:12]

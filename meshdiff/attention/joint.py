@@ -1,0 +1,122 @@
+"""Attention over two sequences as one: text beside image tokens (FLUX, HunyuanVideo, SD3)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from meshdiff.attention.checks import check_ranks, describe, placement, plain_mask, read
+from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
+from meshdiff.attention.local import from_shard, scaled_dot_product_attention, to_shard
+from meshdiff.attention.masks import whole_mask
+from meshdiff.attention.problem import Problem, chunk_ranges, count
+from meshdiff.placements import SEQUENCE, WHOLE
+from meshdiff.simulation import on_each_rank
+
+__all__ = ["joint_attention"]
+
+QKV = tuple[Tensor, Tensor, Tensor]
+NAMES = ("query", "key", "value")
+
+
+def joint_attention(
+    image: QKV,
+    text: QKV,
+    *,
+    text_first: bool = True,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    strategy: str = AUTO,
+) -> tuple[Tensor, Tensor]:
+    """Attention of image and text tokens to each other and themselves, as to one sequence.
+
+    Each rank takes its part of the text as it takes its part of the image, so
+    every token is a query once and a key once, in whatever strategy. What that
+    costs is `mesh_attention` of the longer sequence, and, for text that is
+    replicated, one all-gather of its output.
+
+    Args:
+        image: query, key and value `[batch, seq, heads, head_dim]`, placed `Shard(1)`.
+        text: query, key and value `[batch, text, heads, head_dim]` on the same
+            mesh, placed `Replicate()` or `Shard(1)`.
+        text_first: whether text comes before image (as in FLUX) or after it (as
+            in HunyuanVideo). It matters to a mask, to causality, and to the bits.
+        attn_mask: as in `mesh_attention`, over all tokens in that order.
+        is_causal, scale, strategy: as in `mesh_attention`.
+
+    Returns:
+        The attended image and text, each of the shape and placement of its query.
+
+    Raises:
+        ValueError: as `mesh_attention`.
+    """
+    given = describe(image=image[0], text=text[0])
+    parts = [text, image] if text_first else [image, text]
+    if not any(isinstance(tensor, DTensor) for tensor in (*image, *text)):
+        query, key, value = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
+        read(query, key, value, is_causal=is_causal, scale=scale, strategy=strategy)
+        mask = attn_mask if attn_mask is None else whole_mask(attn_mask, *_sizes(query, query.shape[1]))
+        attended = scaled_dot_product_attention(query, key, value, mask, is_causal, scale)
+        first, second = attended.split([part[0].shape[1] for part in parts], dim=1)
+        return (second, first) if text_first else (first, second)
+    of_image = read(*image, is_causal=is_causal, scale=scale)
+    # Text that is whole poses the problem of its shards, as which it will be divided.
+    query, key, value = (_divide(tensor) for tensor in text)
+    of_text = read(query, key, value, is_causal=is_causal, scale=scale)
+    if of_image is None or of_text is None or of_image.mesh != of_text.mesh:
+        raise ValueError(f"image and text are to be DTensors on one mesh; given {given}")
+    assert isinstance(text[0], DTensor)
+    if placement(image[1]) != SEQUENCE or placement(key) != SEQUENCE:
+        raise ValueError(f"image is to be Shard(1), and text Shard(1) or Replicate(), in all of q, k, v; given {given}")
+    if replace(of_image, queries=(), keys=()) != replace(of_text, queries=(), keys=()):
+        raise ValueError(f"image and text need one batch, one number of heads, one dtype; given {given}")
+    problem = _together(of_image, image[0].shape[1], query.shape[1], text_first, attn_mask is not None)
+    total = sum(map(count, problem.queries))
+    mask = attn_mask if attn_mask is None else whole_mask(plain_mask(attn_mask), *_sizes(query, total))
+    named = {f"image {name}": tensor for name, tensor in zip(NAMES, image, strict=True)}
+    named |= {f"text {name}": tensor for name, tensor in zip(NAMES, text, strict=True)}
+    check_ranks(problem, strategy, **named, attn_mask=attn_mask)
+
+    own_query, own_key, own_value = (
+        _beside(to_shard(one), to_shard(other)) for one, other in zip(image, (query, key, value), strict=True)
+    )
+    attend = STRATEGIES[choose_strategy(problem, strategy).strategy]
+    attended = attend(problem, own_query, own_key, own_value, mask)
+    of_image_tokens, of_text_tokens = _apart(problem, problem.mesh.get_local_rank(), attended)
+    return (
+        from_shard(of_image_tokens, problem.mesh, SEQUENCE, like=image[0]),
+        from_shard(of_text_tokens, problem.mesh, SEQUENCE, like=query).redistribute(placements=text[0].placements),
+    )
+
+
+def _sizes(query: Tensor, total: int) -> tuple[int, int, int, int]:
+    return query.shape[0], query.shape[2], total, total
+
+
+def _divide(tensor: Tensor) -> Tensor:
+    """Whole text as each rank's part of it; nothing is sent."""
+    if isinstance(tensor, DTensor) and tensor.placements[0] == WHOLE:
+        return tensor.redistribute(placements=[SEQUENCE])
+    return tensor
+
+
+def _together(problem: Problem, image: int, text: int, text_first: bool, masked: bool) -> Problem:
+    """The problem of `image` and `text` tokens as one sequence, of which each rank holds two ranges."""
+    image_ranges = chunk_ranges(image, problem.ranks, start=text if text_first else 0)
+    text_ranges = chunk_ranges(text, problem.ranks, start=0 if text_first else image)
+    tokens = tuple(zip(image_ranges, text_ranges, strict=True))
+    return replace(problem, queries=tokens, keys=tokens, masked=masked)
+
+
+@on_each_rank
+def _beside(image: Tensor, text: Tensor) -> Tensor:
+    return torch.cat([image, text], dim=1)
+
+
+@on_each_rank
+def _apart(problem: Problem, rank: int, attended: Tensor) -> tuple[Tensor, ...]:
+    return attended.split([len(own) for own in problem.queries[rank]], dim=1)
