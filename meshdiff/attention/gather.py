@@ -67,18 +67,16 @@ class _Gather(torch.autograd.Function):
 
 @on_each_rank
 def _pack(largest: int, key: Tensor, value: Tensor) -> Tensor:
-    """`[largest, batch, 2 kv_heads, head_dim]`: an all-gather takes parts of one size."""
-    both = torch.cat([key, value], dim=2).transpose(0, 1)
-    return F.pad(both, (0, 0, 0, 0, 0, 0, 0, largest - both.shape[0])).contiguous()
+    """`[batch, 2 kv_heads, largest, head_dim]`: an all-gather takes parts of one size."""
+    both = torch.cat([key, value], dim=2).transpose(1, 2)
+    return F.pad(both, (0, 0, 0, largest - both.shape[2])).contiguous()
 
 
 @on_each_rank
 def _unpack(gathered: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    parts = gathered.chunk(problem.ranks)
-    sizes = [count(tokens) for tokens in problem.keys]
-    if len(set(sizes)) > 1:
-        gathered = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    key, value = gathered.transpose(0, 1).chunk(2, dim=2)
+    """`[batch, seq, kv_heads, head_dim]`, laid out head by head, as kernels read it fastest."""
+    parts = [part[:, :, : count(own)] for part, own in zip(gathered.chunk(problem.ranks), problem.keys, strict=True)]
+    key, value = torch.cat(parts, dim=2).transpose(1, 2).chunk(2, dim=2)
     tokens = tuple(chain.from_iterable(problem.keys))
     return in_order(key, tokens), in_order(value, tokens)
 
