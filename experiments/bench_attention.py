@@ -163,6 +163,8 @@ def torch_experimental(config: Config, seq: int, mesh: DeviceMesh) -> dict[str, 
     """torch's own context parallelism, a ring, without its load balancing (which reorders tokens)."""
     from torch.distributed.tensor.experimental import _attention, context_parallel
 
+    if mesh.device_type == "cpu":
+        raise RuntimeError("has no rule for the CPU kernel: its ranks wait for each other for ever")
     _attention._cp_options.enable_load_balance = False
     _, own = shards(config, seq, mesh)
 

@@ -11,6 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 from attention_cases import CASES, JOINT, Case, attend, attend_jointly, fits
+from plain_model import on_all_ways
 from tiny import make
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -94,6 +95,12 @@ def checked_attention() -> list[str]:
     return from_every_rank(heard)
 
 
+def drop_in() -> dict:
+    """An untouched model's output and gradient, by each way of dropping mesh attention in."""
+    mesh = init_mesh(Layout(1, dist.get_world_size()), "cpu")["cp"]
+    return on_all_ways(mesh, gather=lambda shard: torch.cat(from_every_rank(shard), dim=1), whole=lambda tensor: tensor)
+
+
 def agreement() -> list[str]:
     """What every rank hears when one rank fails, and when ranks differ."""
     heard = []
@@ -116,7 +123,7 @@ def agreement() -> list[str]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init_distributed()
-    checks = (layouts, compiled, attention, compiled_attention, checked_attention, agreement)
+    checks = (layouts, compiled, attention, compiled_attention, checked_attention, drop_in, agreement)
     outcome = {check.__name__: check for check in checks}[sys.argv[1]]()
     if dist.get_rank() == 0:
         torch.save(outcome, sys.argv[2])

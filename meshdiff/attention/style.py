@@ -81,7 +81,10 @@ class ContextParallel(ParallelStyle):
             if not isinstance(output, DTensor):
                 raise ValueError(f"{type(module).__name__} was given a DTensor and returned {type(output).__name__}")
             output = output.redistribute(placements=[self.output_layouts])
-            return to_shard(output) if self.use_local_output else output
+            if not self.use_local_output:
+                return output
+            # What follows runs on every rank alike, and so does its gradient: the whole of it, not a share.
+            return output.to_local() if self.output_layouts == Replicate() else to_shard(output)
 
         module.forward = sharded
         return module

@@ -1,0 +1,81 @@
+"""Mesh attention in models that were not written for it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_model import PlainViT, on_all_ways
+from ranks import run_on_ranks
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from meshdiff import ContextParallel, Layout, init_mesh, sharded_attention, simulate
+from meshdiff.simulation import rank_values, unwrap
+
+
+def on_one_device(model, x, text):
+    x = x.clone().requires_grad_()
+    output = model(x, text)
+    output.square().sum().backward()
+    return output.detach(), x.grad
+
+
+def check(outcomes, model, x, text):
+    output, gradient = on_one_device(model, x, text)
+    for way, (value, of_x) in outcomes.items():
+        torch.testing.assert_close(value, output, rtol=0, atol=1e-6, msg=way)
+        torch.testing.assert_close(of_x, gradient, rtol=1e-5, atol=1e-5, msg=way)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_an_untouched_model_is_itself_on_real_ranks(world_size, tmp_path):
+    check(run_on_ranks("drop_in", world_size, tmp_path), *PlainViT.example())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_an_untouched_model_is_itself_on_simulated_ranks(ranks):
+    model, x, text = PlainViT.example()
+    with simulate(ranks):
+        mesh = init_mesh(Layout(1, ranks), "cpu")["cp"]
+        outcomes = on_all_ways(mesh, gather=lambda shard: torch.cat(rank_values(shard), dim=1), whole=unwrap)
+    check(outcomes, model, x, text)
+
+
+def test_what_cannot_be_told_is_an_error():
+    q, short, text = torch.randn(1, 2, 8, 4), torch.randn(1, 2, 5, 4), torch.randn(1, 2, 7, 4)
+    with simulate(2):
+        cp = init_mesh(Layout(1, 2), "cpu")["cp"]
+        with pytest.raises(ValueError, match="mesh and seq_len together"):
+            sharded_attention(cp)
+        with pytest.raises(ValueError, match="whole sequence of 8 tokens could be taken for a shard"):
+            sharded_attention(cp, seq_len=16, whole=[8])
+        with sharded_attention(cp, seq_len=16, whole=[7]):
+            F.scaled_dot_product_attention(q, text, text)
+            F.scaled_dot_product_attention(text, text, text)
+            with pytest.raises(ValueError, match=r"5 to 5 tokens: neither a shard of seq_len=16"):
+                F.scaled_dot_product_attention(short, short, short)
+            with pytest.raises(ValueError, match=r"8 to 5 tokens"):
+                F.scaled_dot_product_attention(q, short, short)
+            with pytest.raises(ValueError, match=r"dropout_p=0\.5"):
+                F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+            with pytest.raises(ValueError, match="enable_gqa"):
+                F.scaled_dot_product_attention(q, q[:, :1], q[:, :1])
+        unchanged = F.scaled_dot_product_attention(short, short, short)
+        assert unchanged.shape == short.shape
+
+
+def test_the_style_says_what_it_needs():
+    assert "seq_len=None" in repr(ContextParallel())
+    with pytest.raises(ValueError, match="input_layouts="):
+        ContextParallel(input_layouts=Shard(0))
+    model, x, text = PlainViT.example()
+    with simulate(2):
+        cp = init_mesh(Layout(1, 2), "cpu")["cp"]
+        unaware = parallelize_module(copy.deepcopy(model), cp, {"blocks.*.attn": ContextParallel()})
+        with pytest.raises(ValueError, match="seq_len="):
+            unaware(x, text)
+        with pytest.raises(ValueError, match="weights are on a mesh already"):
+            parallelize_module(unaware, cp, {"blocks.*.attn": ContextParallel(output_layouts=Replicate())})
