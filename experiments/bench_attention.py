@@ -154,6 +154,8 @@ def yunchang(config: Config, seq: int, mesh: DeviceMesh) -> dict[str, Contender]
     from yunchang import UlyssesAttention
     from yunchang.kernels import AttnType
 
+    if mesh.device_type == "cpu":
+        raise RuntimeError("has kernels for CUDA only")
     _, own = shards(config, seq, mesh)
     attention = UlyssesAttention(mesh.get_group(), attn_type=AttnType.TORCH_FLASH)
     return {"yunchang ulysses": lambda: attention(*own).flatten(2)}
@@ -163,13 +165,12 @@ def torch_experimental(config: Config, seq: int, mesh: DeviceMesh) -> dict[str, 
     """torch's own context parallelism, a ring, without its load balancing (which reorders tokens)."""
     from torch.distributed.tensor.experimental import _attention, context_parallel
 
-    if mesh.device_type == "cpu":
-        raise RuntimeError("has no rule for the CPU kernel: its ranks wait for each other for ever")
     _attention._cp_options.enable_load_balance = False
     _, own = shards(config, seq, mesh)
 
     def attend() -> Tensor:
-        with context_parallel(mesh):
+        # It insists on a buffer to divide; the shards are divided already.
+        with context_parallel(mesh, buffers=[torch.empty(seq, device=mesh.device_type)], buffer_seq_dims=[0]):
             return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in own)).transpose(1, 2).flatten(2)
 
     return {"torch context_parallel": attend}
