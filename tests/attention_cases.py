@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Case:
-    """An attention; `mask` is none, padding, full, additive or causal."""
+    """An attention; `mask` is none, padding, full, additive, causal or causal padding."""
 
     queries: int
     heads: int = 4
@@ -39,7 +39,7 @@ class Case:
 
     @property
     def is_causal(self) -> bool:
-        return self.mask == "causal"
+        return self.mask.startswith("causal")
 
     def tensors(self) -> list[Tensor]:
         """Query, key, value and the gradient of the output."""
@@ -63,7 +63,7 @@ def _draw_mask(case: Case) -> Tensor:
     generator = torch.Generator().manual_seed(keys)
     if case.mask == "additive":
         return torch.randn(queries, keys, generator=generator).to(DTYPES[case.dtype])
-    shape = (batch, 1, 1, keys) if case.mask == "padding" else (1, heads, queries, keys)
+    shape = (batch, 1, 1, keys) if "padding" in case.mask else (1, heads, queries, keys)
     return torch.rand(shape, generator=generator) < 0.7
 
 
@@ -72,11 +72,13 @@ def reference(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
     dtype = dtype or DTYPES[case.dtype]
     *inputs, gradient = (tensor.to(dtype) for tensor in case.tensors())
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    mask = case.attn_mask()
+    mask, is_causal = case.attn_mask(), case.is_causal
+    if mask is not None and is_causal:  # torch takes one of them
+        mask, is_causal = mask & torch.ones(case.shape[1:3], dtype=torch.bool).tril(), False
     output = F.scaled_dot_product_attention(
         *(tensor.transpose(1, 2) for tensor in inputs),
         attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(dtype),
-        is_causal=case.is_causal,
+        is_causal=is_causal,
         enable_gqa=case.group > 1,
     ).transpose(1, 2)
     output.backward(gradient)
@@ -104,7 +106,7 @@ SELF = [
     Case(48, 12),
     Case(61, 8, batch=2),
     Case(10, 3, 16, batch=3, mask="full"),
-    Case(33, 1, mask="padding", dtype="float16"),
+    Case(33, 1, mask="causal padding", dtype="float16"),
     Case(40, 6, batch=2, mask="causal", group=3),
     Case(21, 4, keys=35, mask="additive", dtype="bfloat16"),
 ]

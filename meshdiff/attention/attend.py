@@ -57,7 +57,7 @@ def mesh_attention(
         read(query, key, value, is_causal=is_causal, scale=scale, strategy=strategy)
         mask = attn_mask if attn_mask is None else whole_mask(attn_mask, *_mask_sizes(query, key))
         return scaled_dot_product_attention(query, key, value, mask, is_causal, scale)
-    problem = read(query, key, value, attn_mask, is_causal, scale, strategy)
+    problem = read(query, key, value, is_causal, scale, strategy)
     assert problem is not None
     mask = attn_mask if attn_mask is None else whole_mask(plain_mask(attn_mask), *_mask_sizes(query, key))
     check_ranks(problem, strategy, query=query, key=key, value=value, attn_mask=attn_mask)
@@ -75,7 +75,6 @@ def explain_strategy(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | None = None,
     is_causal: bool = False,
     strategy: str = AUTO,
 ) -> Choice:
@@ -84,7 +83,7 @@ def explain_strategy(
     >>> explain_strategy(query, key, value)  # 12 heads on 8 ranks
     Choice(strategy='hybrid', reason='12 heads (12 of key and value) on 8 ranks are 4 x 2: ulysses x ring')
     """
-    problem = read(query, key, value, attn_mask, is_causal, None, strategy)
+    problem = read(query, key, value, is_causal, None, strategy)
     if problem is None:
         raise ValueError(f"explain_strategy takes DTensors; given {describe(query=query, key=key, value=value)}")
     if placement(key) == WHOLE:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from meshdiff.attention.choice import choose_strategy
+from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
 from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
 from meshdiff.placements import SEQUENCE, WHOLE
 from meshdiff.simulation import is_simulated, rank_values
@@ -27,16 +27,17 @@ def read(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
-    strategy: str = "auto",
+    strategy: str = AUTO,
 ) -> Problem | None:
     """The problem that DTensors pose by their shapes and placements; None for plain tensors.
 
     Raises:
         ValueError: if they pose none, or one that `strategy` cannot solve.
     """
+    if strategy not in (AUTO, *STRATEGIES):
+        raise ValueError(f"strategy={strategy!r} given; use {', '.join(map(repr, (AUTO, *STRATEGIES)))}")
     given = describe(query=query, key=key, value=value)
     tensors = (query, key, value)
     if any(tensor.ndim != 4 for tensor in tensors):
@@ -77,7 +78,6 @@ def read(
         dtype=query.dtype,
         queries=tuple((own,) for own in chunk_ranges(query.shape[1], mesh.size())),
         keys=tuple((own,) for own in chunk_ranges(keys, mesh.size())),
-        masked=attn_mask is not None,
         is_causal=is_causal,
         scale=scale,
     )

@@ -53,9 +53,9 @@ def choose_strategy(problem: Problem, strategy: str = AUTO) -> Choice:
                 f'({problem.kv_heads} of key and value) {whole}; use strategy="{fitting}"'
             )
         return Choice(strategy, "asked for")
-    if strategy != AUTO:
-        raise ValueError(f'strategy={strategy!r} given; use "auto", {", ".join(map(repr, STRATEGIES))}')
     heads = f"{problem.heads} heads ({problem.kv_heads} of key and value)"
+    if problem.kv_heads * problem.ranks <= problem.heads and not problem.is_causal:
+        return Choice("gather", f"of {heads} every rank needs most: gathering those sends and holds the least")
     if size == problem.ranks:
         return Choice("ulysses", f"{problem.ranks} ranks divide {heads}, and its exchanges are the smallest")
     idle = -(-problem.heads // problem.ranks) * problem.ranks / problem.heads - 1

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshdiff.attention.blocks import wide
-from meshdiff.attention.local import attend_rows
+from meshdiff.attention.local import attend_rows, in_order, out_of_order
 from meshdiff.attention.problem import Problem, count
-from meshdiff.attention.ulysses import in_order, out_of_order
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["gather"]

@@ -74,7 +74,7 @@ def joint_attention(
         raise ValueError(f"image is to be Shard(1), and text Shard(1) or Replicate(), in all of q, k, v; given {given}")
     if replace(of_image, queries=(), keys=()) != replace(of_text, queries=(), keys=()):
         raise ValueError(f"image and text need one batch, one number of heads, one dtype; given {given}")
-    problem = _together(of_image, image[0].shape[1], query.shape[1], text_first, attn_mask is not None)
+    problem = _together(of_image, image[0].shape[1], query.shape[1], text_first)
     total = sum(map(count, problem.queries))
     mask = attn_mask if attn_mask is None else whole_mask(plain_mask(attn_mask), *_sizes(query, total))
     named = {f"image {name}": tensor for name, tensor in zip(NAMES, image, strict=True)}
@@ -104,12 +104,12 @@ def _divide(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _together(problem: Problem, image: int, text: int, text_first: bool, masked: bool) -> Problem:
+def _together(problem: Problem, image: int, text: int, text_first: bool) -> Problem:
     """The problem of `image` and `text` tokens as one sequence, of which each rank holds two ranges."""
     image_ranges = chunk_ranges(image, problem.ranks, start=text if text_first else 0)
     text_ranges = chunk_ranges(text, problem.ranks, start=0 if text_first else image)
     tokens = tuple(zip(image_ranges, text_ranges, strict=True))
-    return replace(problem, queries=tokens, keys=tokens, masked=masked)
+    return replace(problem, queries=tokens, keys=tokens)
 
 
 @on_each_rank

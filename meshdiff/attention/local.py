@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,10 +13,18 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.attention.masks import causal, part
-from meshdiff.attention.problem import Problem, count
+from meshdiff.attention.problem import Problem, Tokens, count
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["attend_rows", "from_shard", "scaled_dot_product_attention", "to_shard"]
+__all__ = [
+    "attend_rows",
+    "both",
+    "from_shard",
+    "in_order",
+    "out_of_order",
+    "scaled_dot_product_attention",
+    "to_shard",
+]
 
 
 def scaled_dot_product_attention(
@@ -34,6 +43,9 @@ def scaled_dot_product_attention(
         # A rank without tokens or heads: torch's CPU kernel divides by their number. The sums
         # are there for the gradients, which are zero but have to arrive.
         return query * 0 + key.sum() + value.sum()
+    if attn_mask is not None and is_causal:  # torch takes one of them
+        attn_mask = both(attn_mask, causal((range(query.shape[1]),), (range(key.shape[1]),), query.device))
+        is_causal = False
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32):
         attn_mask = attn_mask.to(query.dtype)
     seq = query.shape[1]
@@ -78,6 +90,21 @@ def both(mask: Tensor | None, seen: Tensor | bool) -> Tensor | None:
     if mask is None:
         return seen
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+
+
+def in_order(tensor: Tensor, tokens: Tokens) -> Tensor:
+    """`[batch, seq, ...]` held in the order `tokens`, in the order of the sequence."""
+    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
+        return tensor
+    pieces = tensor.split([len(own) for own in tokens], dim=1)
+    return torch.cat([pieces[i] for i in sorted(range(len(tokens)), key=lambda i: tokens[i].start)], dim=1)
+
+
+def out_of_order(tensor: Tensor, tokens: Tokens) -> Tensor:
+    """`[batch, seq, ...]` in the order of the sequence, in the order `tokens`."""
+    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
+        return tensor
+    return torch.cat([tensor[:, own.start : own.stop] for own in tokens], dim=1)
 
 
 def from_shard(shard: Tensor, mesh: DeviceMesh, placement: Placement, like: Tensor) -> DTensor:

@@ -27,7 +27,6 @@ class Problem:
             `heads / kv_heads` query heads share a head of key and value.
         dtype: of query, key and value.
         queries, keys: for each rank, the positions of the tokens it holds.
-        masked: whether there is a mask.
         is_causal: whether query i sees keys 0 to i only.
         scale: of the logits; None for `head_dim ** -0.5`.
     """
@@ -40,7 +39,6 @@ class Problem:
     dtype: torch.dtype
     queries: tuple[Tokens, ...]
     keys: tuple[Tokens, ...]
-    masked: bool = False
     is_causal: bool = False
     scale: float | None = None
 

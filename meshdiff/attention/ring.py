@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from meshdiff.attention.blocks import accumulator, attend_block, attend_block_backward, merge, wide
 from meshdiff.attention.local import both
@@ -51,6 +52,7 @@ class _Ring(torch.autograd.Function):
         return _to_tokens(output, query)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         problem, rank = ctx.problem, ctx.problem.mesh.get_local_rank()
         query, key, value, mask, output, lse = ctx.saved_tensors

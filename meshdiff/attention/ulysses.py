@@ -13,15 +13,15 @@ heads wait.
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
-from meshdiff.attention.local import scaled_dot_product_attention
+from meshdiff.attention.local import in_order, out_of_order, scaled_dot_product_attention
 from meshdiff.attention.masks import part
-from meshdiff.attention.problem import Problem, Tokens, count
+from meshdiff.attention.problem import Problem, count
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["ulysses"]
@@ -65,18 +65,3 @@ def _for_queries(problem: Problem, own: range, of_keys: range, tensor: Tensor) -
     if needed == [i // even for i in range(len(of_keys) * even)]:
         return tensor
     return tensor.index_select(2, torch.tensor(needed, device=tensor.device))
-
-
-def in_order(tensor: Tensor, tokens: Tokens) -> Tensor:
-    """`[batch, seq, ...]` held in the order `tokens`, in the order of the sequence."""
-    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
-        return tensor
-    pieces = tensor.split([len(own) for own in tokens], dim=1)
-    return torch.cat([pieces[i] for i in sorted(range(len(tokens)), key=lambda i: tokens[i].start)], dim=1)
-
-
-def out_of_order(tensor: Tensor, tokens: Tokens) -> Tensor:
-    """`[batch, seq, ...]` in the order of the sequence, in the order `tokens`."""
-    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
-        return tensor
-    return torch.cat([tensor[:, own.start : own.stop] for own in tokens], dim=1)
