@@ -56,7 +56,7 @@ def compiled_attention() -> list[bool]:
     same = []
     for strategy in ("ulysses", "gather"):
         torch._dynamo.reset()
-        case = Case(30 + mesh.size(), 6, batch=2, strategy=strategy)
+        case = Case(33, 5, batch=2, strategy=strategy)  # that 2 ranks divide neither
         *inputs, gradient = (place(tensor, mesh, [Shard(1)]) for tensor in case.tensors())
         plain = MeshAttention(strategy=strategy)
         outcomes = []

@@ -30,12 +30,11 @@ def check(outcomes, model, x, text):
         torch.testing.assert_close(of_x, gradient, rtol=1e-5, atol=1e-5, msg=way)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_an_untouched_model_is_itself_on_real_ranks(world_size, tmp_path):
-    check(run_on_ranks("drop_in", world_size, tmp_path), *PlainViT.example())
+def test_an_untouched_model_is_itself_on_real_ranks(tmp_path):
+    check(run_on_ranks("drop_in", 3, tmp_path), *PlainViT.example())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_an_untouched_model_is_itself_on_simulated_ranks(ranks):
     model, x, text = PlainViT.example()
     with simulate(ranks):

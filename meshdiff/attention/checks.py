@@ -22,6 +22,8 @@ __all__ = ["CHECK", "check_ranks", "describe", "placement", "plain_mask", "read"
 CHECK = "MESHDIFF_CHECK"
 """The environment variable that makes every attention compare what its ranks hold."""
 
+TRANSPOSE = "if they are [batch, heads, seq, head_dim], pass each with .transpose(1, 2)"
+
 
 def read(
     query: Tensor,
@@ -38,35 +40,36 @@ def read(
     """
     if strategy not in (AUTO, *STRATEGIES):
         raise ValueError(f"strategy={strategy!r} given; use {', '.join(map(repr, (AUTO, *STRATEGIES)))}")
-    given = describe(query=query, key=key, value=value)
     tensors = (query, key, value)
+
+    def wrong(expected: str, fix: str = "") -> ValueError:
+        given = describe(query=query, key=key, value=value)
+        return ValueError(f"attention takes {expected}; given {given}{'; ' if fix else ''}{fix}")
+
     if any(tensor.ndim != 4 for tensor in tensors):
-        raise ValueError(f"attention takes [batch, seq, heads, head_dim]; given {given}")
+        raise wrong("[batch, seq, heads, head_dim]")
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
-        raise ValueError(f"key and value need one shape, and query their batch; given {given}")
+        raise wrong("key and value of one shape, with the batch of query")
     if query.shape[3] != key.shape[3] or key.shape[3] != value.shape[3]:
-        raise ValueError(f"query, key and value need one head_dim; given {given}")
+        raise wrong("query, key and value of one head_dim")
     if key.shape[2] == 0 or query.shape[2] % key.shape[2]:
-        raise ValueError(
-            f"the heads of key and value must divide those of query; given {given}; if they are "
-            "[batch, heads, seq, head_dim], pass each with .transpose(1, 2)"
-        )
+        raise wrong("heads of key and value that divide those of query", TRANSPOSE)
     if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value need one dtype; given {given}; pass each with .to({query.dtype})")
+        raise wrong("query, key and value of one dtype", f"pass each with .to({query.dtype})")
     if not any(isinstance(tensor, DTensor) for tensor in tensors):
         return None
     if not (isinstance(query, DTensor) and isinstance(key, DTensor) and isinstance(value, DTensor)):
-        raise ValueError(
-            f"attention takes plain tensors or DTensors, not both; given {given}; "
-            "meshdiff.place(tensor, mesh, [Shard(1)]) makes a DTensor of a plain tensor that every rank holds whole"
+        raise wrong(
+            "plain tensors or DTensors, not both",
+            "meshdiff.place(tensor, mesh, [Shard(1)]) makes a DTensor of a plain tensor that every rank holds whole",
         )
     if query.device_mesh.ndim != 1 or not query.device_mesh == key.device_mesh == value.device_mesh:
-        raise ValueError(f'attention takes DTensors on one 1-D mesh, mesh["cp"] say; given {given}')
+        raise wrong('DTensors on one 1-D mesh, mesh["cp"] say')
     placements = [placement(tensor) for tensor in tensors]
     if placements not in ([SEQUENCE] * 3, [SEQUENCE, WHOLE, WHOLE]):
-        raise ValueError(
-            "attention takes [batch, seq, heads, head_dim] with query Shard(1), and key and value both Shard(1) or "
-            f"both Replicate(); given {given}; use .redistribute(placements=[Shard(1)])"
+        raise wrong(
+            "[batch, seq, heads, head_dim] with query Shard(1), and key and value both Shard(1) or both Replicate()",
+            f"use .redistribute(placements=[Shard(1)]), or, {TRANSPOSE}",
         )
     mesh, keys = query.device_mesh, key.shape[1]
     problem = Problem(
@@ -81,7 +84,8 @@ def read(
         is_causal=is_causal,
         scale=scale,
     )
-    choose_strategy(problem, strategy)
+    if placements[1] == SEQUENCE:
+        choose_strategy(problem, strategy)
     return problem
 
 
