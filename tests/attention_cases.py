@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Case:
-    """An attention; `mask` is none, padding, full, additive, causal or causal padding."""
+    """An attention; `mask` is none, padding, full, additive, lowest, causal or causal padding."""
 
     queries: int
     heads: int = 4
@@ -63,6 +63,11 @@ def _draw_mask(case: Case) -> Tensor:
     generator = torch.Generator().manual_seed(keys)
     if case.mask == "additive":
         return torch.randn(queries, keys, generator=generator).to(DTYPES[case.dtype])
+    if case.mask == "lowest":  # how many mask whole rows, and keys, without an infinity
+        lowest = torch.zeros(queries, keys, dtype=DTYPES[case.dtype])
+        lowest[torch.rand(queries, generator=generator) < 0.4] = torch.finfo(lowest.dtype).min
+        lowest[:, torch.rand(keys, generator=generator) < 0.2] = -1e4
+        return lowest
     shape = (batch, 1, 1, keys) if "padding" in case.mask else (1, heads, queries, keys)
     return torch.rand(shape, generator=generator) < 0.7
 
@@ -109,6 +114,7 @@ SELF = [
     Case(33, 1, mask="causal padding", dtype="float16"),
     Case(40, 6, batch=2, mask="causal", group=3),
     Case(21, 4, keys=35, mask="additive", dtype="bfloat16"),
+    Case(26, 5, mask="lowest"),
 ]
 CASES = [replace(case, strategy=strategy) for case in SELF for strategy in ("ulysses", "ring", "gather")]
 CASES += [Case(61, 6, strategy="hybrid"), Case(61, 6, group=3, batch=2, strategy="hybrid", mask="causal")]

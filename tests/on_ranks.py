@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -54,11 +55,11 @@ def compiled_attention() -> list[bool]:
     """Whether each strategy, compiled without a graph break, gives the bits that it gives otherwise."""
     mesh = init_mesh(Layout(1, dist.get_world_size()), "cpu")["cp"]
     same = []
-    for strategy in ("ulysses", "gather"):
+    for strategy, is_causal in product(("ulysses", "gather"), (False, True)):
         torch._dynamo.reset()
         case = Case(33, 5, batch=2, strategy=strategy)  # that 2 ranks divide neither
         *inputs, gradient = (place(tensor, mesh, [Shard(1)]) for tensor in case.tensors())
-        plain = MeshAttention(strategy=strategy)
+        plain = MeshAttention(strategy=strategy, is_causal=is_causal)
         outcomes = []
         for attention in (plain, torch.compile(plain, fullgraph=True)):
             leaves = [tensor.detach().requires_grad_() for tensor in inputs]
@@ -80,12 +81,18 @@ def checked_attention() -> list[str]:
     other = place(x + (rank == 1), mesh, [Replicate()])
     mask = torch.ones(6 * world, dtype=torch.bool)
     mask[0] = rank != 1
+    half = place(x.bfloat16(), mesh, [Shard(1)])
+    own = sharded.to_local()[:, :, : 2 if rank == 1 else 4]
+    fewer_heads = DTensor.from_local(own, mesh, [Shard(1)], run_check=False, shape=x.shape, stride=x.stride())
     heard = []
     for arguments, options in (
         ((guessed, guessed, guessed), {}),
         ((sharded, other, other), {}),
         ((sharded, sharded, sharded), {"attn_mask": mask}),
         ((sharded, sharded, sharded), {"scale": 1.0 + (rank == 1)}),
+        ((sharded, half if rank == 1 else sharded, sharded), {}),
+        ((sharded, sharded, sharded), {"attn_mask": None if rank else mask}),
+        ((fewer_heads, sharded, sharded), {}),
     ):
         try:
             mesh_attention(*arguments, **options)

@@ -96,7 +96,7 @@ def on_all_ways(mesh: DeviceMesh, gather: Callable[[Tensor], Tensor], whole: Cal
         output.square().sum().backward()
         outcomes[way] = collect(output).detach(), collect(x.grad)
 
-    shard = _chunk(x, mesh.size(), mesh.get_local_rank())
+    shard = chunk(x, mesh.size(), mesh.get_local_rank())
     with sharded_attention(mesh, seq_len=seq, whole=[text.shape[1]]):
         run("plain shards inside the context", model, shard, text, gather)
 
@@ -122,7 +122,7 @@ def on_all_ways(mesh: DeviceMesh, gather: Callable[[Tensor], Tensor], whole: Cal
 
 
 @on_each_rank
-def _chunk(x: Tensor, ranks: int, rank: int) -> Tensor:
+def chunk(x: Tensor, ranks: int, rank: int) -> Tensor:
     chunks = x.chunk(ranks, dim=1)
     return chunks[rank].clone() if rank < len(chunks) else x[:, :0].clone()
 

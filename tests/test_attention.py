@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from meshdiff import Layout, MeshAttention, explain_strategy, init_mesh, mesh_attention, simulate
+from meshdiff import Layout, MeshAttention, explain_strategy, init_mesh, joint_attention, mesh_attention, simulate
 from meshdiff.attention.blocks import attend_block, attend_block_backward
 from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
 from meshdiff.attention.problem import chunk_ranges, chunk_sizes
@@ -76,7 +76,7 @@ cases = st.builds(
     heads=st.integers(1, 4),
     head_dim=st.sampled_from([4, 8, 16]),
     batch=st.integers(1, 3),
-    mask=st.sampled_from(["none", "none", "padding", "full", "additive", "causal", "causal padding"]),
+    mask=st.sampled_from(["none", "none", "padding", "full", "additive", "lowest", "causal", "causal padding"]),
     dtype=st.sampled_from(["float32", "float32", "bfloat16", "float16"]),
     strategy=st.sampled_from(["ulysses", "ring", "gather", "hybrid", "auto"]),
     cross=st.booleans(),
@@ -153,6 +153,21 @@ def check_joint(values, case):
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6, msg=name)
 
 
+def test_joint_misuse_is_one_clear_error():
+    with simulate(2):
+        cp = init_mesh(Layout(1, 2), "cpu")["cp"]
+        long, short, wide = (place(torch.randn(1, *size, 8), cp, [Shard(1)]) for size in ((12, 4), (8, 4), (8, 6)))
+        whole = place(torch.randn(1, 8, 4, 8), cp, [Replicate()])
+        text = (short, short, short)
+        for image, message in [
+            ((short, long, long), "one length.*image key .1, 12, 4, 8"),
+            ((wide, wide, wide), "one number of heads; given image query .1, 8, 6, 8"),
+            ((short, whole, whole), r"image Shard\(1\).*redistribute"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                joint_attention(image, text)
+
+
 @settings(max_examples=25)
 @given(
     case=st.builds(
@@ -174,19 +189,24 @@ def test_joint_tokens_equal_one_sequence_on_one_device(case, ranks):
 
 
 def test_compiled_strategies_have_no_graph_break_and_the_same_bits(tmp_path):
-    assert run_on_ranks("compiled_attention", 2, tmp_path) == [True, True]
+    assert run_on_ranks("compiled_attention", 2, tmp_path) == [True] * 4
 
 
 def test_checks_name_the_rank_that_differs_on_every_rank(tmp_path):
     heard = run_on_ranks("checked_attention", 3, tmp_path)
     assert heard[0] == heard[1] == heard[2]
-    guessed, key, mask, scale = heard[0]
+    guessed, key, mask, scale, dtype, alone, heads = heard[0]
     assert "query differs between ranks" in guessed
     assert "rank 0 has [1, 18, 4, 8]" in guessed
     assert "the value of key differs" in key
     assert "rank 1 has" in key
     assert "the value of attn_mask differs" in mask
     assert "scale differs" in scale
+    assert "key differs" in dtype
+    assert "bfloat16" in dtype
+    assert "attn_mask differs" in alone
+    assert "rank 1 has None" in alone
+    assert "query is to be [1, 6, 4, 8] on rank 1, which holds [1, 6, 2, 8]" in heads
 
 
 @pytest.mark.parametrize("broken_rank", [0, 2])
@@ -292,7 +312,7 @@ def test_chunk_sizes_are_those_of_dtensor():
         (1, 64, 5, 5, "ulysses", "one rank"),
         (8, 9000, 16, 8, "ulysses", "divide 16 heads"),
         (8, 9000, 12, 12, "hybrid", "4 x 2"),
-        (8, 9000, 40, 5, "gather", "sends and holds the least"),
+        (8, 9000, 40, 5, "gather", "sends least"),
         (8, 9000, 7, 7, "ring", "no factor"),
         (8, 64, 12, 12, "ulysses", "too few"),
         (3, 9000, 64, 64, "ulysses", "to within 3%"),
@@ -306,6 +326,17 @@ def test_auto_picks_by_heads_and_length_and_says_why(ranks, seq, heads, kv_heads
         choice = explain_strategy(query, key, key)
     assert choice.strategy == strategy
     assert reason in choice.reason
+
+
+def test_the_output_is_as_contiguous_as_it_says():
+    with simulate(2):
+        cp = init_mesh(Layout(1, 2), "cpu")["cp"]
+        query = place(torch.randn(12, 2, 4, 8).transpose(0, 1).contiguous(), cp, [Shard(1)])
+        turned = place(torch.randn(12, 2, 4, 8), cp, [Shard(0)]).transpose(0, 1)
+        for first in (query, turned):
+            output = mesh_attention(first, query, query)
+            assert output.is_contiguous()
+            assert output.flatten(2).shape == (2, 12, 32)
 
 
 def test_the_module_shows_what_it_does():
@@ -351,5 +382,8 @@ def test_misuse_is_one_clear_error():
             with pytest.raises(ValueError, match=message):
                 mesh_attention(*arguments, **options)
         assert isinstance(mesh_attention(sharded, whole, whole), DTensor)
+    numbers = torch.ones(1, 4, 2, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"floating point tensors; given query .* int32"):
+        mesh_attention(numbers, numbers, numbers)
     with pytest.raises(ValueError, match=r"attn_mask\[:, None, None, :\]"):
         mesh_attention(*[torch.randn(2, 5, 1, 4)] * 3, attn_mask=torch.ones(2, 5))

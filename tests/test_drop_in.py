@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_model import PlainViT, on_all_ways
+from plain_model import PlainViT, chunk, on_all_ways
 from ranks import run_on_ranks
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint
 
 from meshdiff import ContextParallel, Layout, init_mesh, sharded_attention, simulate
 from meshdiff.simulation import rank_values, unwrap
@@ -62,8 +64,39 @@ def test_what_cannot_be_told_is_an_error():
                 F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
             with pytest.raises(ValueError, match="enable_gqa"):
                 F.scaled_dot_product_attention(q, q[:, :1], q[:, :1])
+        with sharded_attention(cp, seq_len=16), pytest.raises(ValueError, match="MultiheadAttention"):
+            torch.nn.MultiheadAttention(8, 2, batch_first=True)(q[0], q[0], q[0], need_weights=False)
         unchanged = F.scaled_dot_product_attention(short, short, short)
         assert unchanged.shape == short.shape
+
+
+def test_a_style_takes_keywords_and_whole_texts():
+    model, x, text = PlainViT.example()
+    whole = ContextParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    with simulate(3), torch.no_grad():
+        cp = init_mesh(Layout(1, 3), "cpu")["cp"]
+        cross = parallelize_module(copy.deepcopy(model.blocks[0].cross), cp, whole)
+        output = unwrap(cross(x=x, text=text))
+    with torch.no_grad():
+        torch.testing.assert_close(output, model.blocks[0].cross(x, text), rtol=0, atol=1e-6)
+
+
+def test_what_is_recomputed_needs_the_context_as_well():
+    attention, (_, x, _) = PlainViT().blocks[0].attn, PlainViT.example()
+    with simulate(2):
+        cp = init_mesh(Layout(1, 2), "cpu")["cp"]
+        gradients = []
+        for recompute in (False, True):
+            shard = chunk(x, 2, cp.get_local_rank()).requires_grad_()
+            with sharded_attention(cp, seq_len=29):
+                if recompute:
+                    context = lambda: (nullcontext(), sharded_attention(cp, seq_len=29))  # noqa: E731
+                    output = checkpoint(attention, shard, use_reentrant=False, context_fn=context)
+                else:
+                    output = attention(shard)
+            output.square().sum().backward()
+            gradients.append(torch.cat(rank_values(shard.grad), dim=1))
+    assert torch.equal(*gradients)
 
 
 def test_the_style_says_what_it_needs():
@@ -76,5 +109,8 @@ def test_the_style_says_what_it_needs():
         unaware = parallelize_module(copy.deepcopy(model), cp, {"blocks.*.attn": ContextParallel()})
         with pytest.raises(ValueError, match="seq_len="):
             unaware(x, text)
+        short = parallelize_module(copy.deepcopy(model), cp, {"blocks.*.attn": ContextParallel(seq_len=29)})
+        with pytest.raises(ValueError, match=r"rank 0 was given 14 of seq_len=29 tokens; .* its part is 15"):
+            short(x[:, :14], text)
         with pytest.raises(ValueError, match="weights are on a mesh already"):
             parallelize_module(unaware, cp, {"blocks.*.attn": ContextParallel(output_layouts=Replicate())})

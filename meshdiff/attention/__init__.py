@@ -22,7 +22,7 @@ local     nothing                     nothing; the gradients of key     nothing 
 from __future__ import annotations
 
 from meshdiff.attention.attend import MeshAttention, explain_strategy, mesh_attention
-from meshdiff.attention.choice import Choice, choose_strategy
+from meshdiff.attention.choice import Choice
 from meshdiff.attention.drop_in import sharded_attention
 from meshdiff.attention.joint import joint_attention
 from meshdiff.attention.style import ContextParallel
@@ -31,7 +31,6 @@ __all__ = [
     "Choice",
     "ContextParallel",
     "MeshAttention",
-    "choose_strategy",
     "explain_strategy",
     "joint_attention",
     "mesh_attention",

@@ -7,8 +7,10 @@ import hashlib
 import os
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
@@ -21,6 +23,8 @@ __all__ = ["CHECK", "check_ranks", "describe", "placement", "plain_mask", "read"
 
 CHECK = "MESHDIFF_CHECK"
 """The environment variable that makes every attention compare what its ranks hold."""
+
+SHARDS = "shards"  # what a rank alone knows of itself
 
 TRANSPOSE = "if they are [batch, heads, seq, head_dim], pass each with .transpose(1, 2)"
 
@@ -56,6 +60,8 @@ def read(
         raise wrong("heads of key and value that divide those of query", TRANSPOSE)
     if not query.dtype == key.dtype == value.dtype:
         raise wrong("query, key and value of one dtype", f"pass each with .to({query.dtype})")
+    if not query.dtype.is_floating_point:
+        raise wrong("floating point tensors")
     if not any(isinstance(tensor, DTensor) for tensor in tensors):
         return None
     if not (isinstance(query, DTensor) and isinstance(key, DTensor) and isinstance(value, DTensor)):
@@ -96,6 +102,8 @@ def placement(tensor: Tensor) -> Placement | None:
 
 def plain_mask(mask: Tensor) -> Tensor:
     """The whole mask that every rank holds, from a plain tensor or a replicated DTensor."""
+    if mask.requires_grad:
+        raise ValueError("attn_mask gets no gradient over a mesh; pass attn_mask.detach()")
     if not isinstance(mask, DTensor):
         return mask
     if any(p != WHOLE for p in mask.placements):
@@ -118,73 +126,68 @@ def _describe(tensor: Tensor) -> str:
     return f"{kind} plain"
 
 
-def check_ranks(problem: Problem, strategy: str, **tensors: Tensor | None) -> None:
+def check_ranks(tensors: dict[str, Tensor | None], **settings: Any) -> None:
     """With `MESHDIFF_CHECK=1`, compare what ranks were given and raise on all of them where it does not fit.
 
-    Checked: that every rank has the same problem, the shard that its placement
-    says, and equal values of what is to be equal. Costs one small collective
-    and a pass over replicated values; nothing when off.
+    Checked before anything else: that every rank has the same shapes, dtypes,
+    placements and settings, holds the shard that its placement says, and has
+    equal values of what is to be equal. Costs one exchange of small objects and
+    a pass over replicated values; nothing when off. Compiled code is not checked.
 
     Raises:
         ValueError: naming the tensor, the rank and the difference.
     """
-    if os.environ.get(CHECK, "0") in ("", "0"):
+    if os.environ.get(CHECK, "0") in ("", "0") or torch.compiler.is_compiling():
         return
-    settings = {"strategy": strategy, "is_causal": problem.is_causal, "scale": problem.scale}
-    facts = _from_each_rank(problem, {name: t for name, t in tensors.items() if t is not None}, settings)
+    meshes = [tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)]
+    if not meshes or meshes[0].ndim != 1:
+        return
+    facts = _facts(meshes[0], {name: tensor for name, tensor in tensors.items() if tensor is not None}, settings)
     for rank, held in enumerate(facts):
-        for name, fact in held.items():
-            if fact != facts[0].get(name):
+        for name in {**facts[0], **held}:
+            if name != SHARDS and facts[0].get(name) != held.get(name):
                 raise ValueError(
-                    f"{CHECK}: {name} differs between ranks of mesh {problem.mesh.mesh_dim_names}: "
-                    f"rank 0 has {facts[0].get(name)}, rank {rank} has {fact}"
+                    f"{CHECK}: {name} differs between ranks of mesh {meshes[0].mesh_dim_names}: "
+                    f"rank 0 has {facts[0].get(name)}, rank {rank} has {held.get(name)}"
                 )
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor) or tensor.placements[0] == WHOLE:
-            continue
-        sizes = chunk_sizes(tensor.shape[1], problem.ranks)
-        for rank, length in enumerate(_lengths(problem, tensor)):
-            if length != sizes[rank]:
+        for name, (expected, found) in held[SHARDS].items():
+            if expected != found:
                 raise ValueError(
-                    f"{CHECK}: {name} {list(tensor.shape)} Shard(1) means {sizes[rank]} tokens on rank {rank}, which "
-                    f"holds {length}; DTensor.from_local of uneven shards needs the whole tensor's shape= and stride="
+                    f"{CHECK}: {name} is to be {expected} on rank {rank}, which holds {found}; "
+                    "DTensor.from_local of uneven shards needs the whole tensor's shape= and stride="
                 )
 
 
-def _from_each_rank(problem: Problem, tensors: dict[str, Tensor], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _facts(mesh: DeviceMesh, tensors: dict[str, Tensor], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """What each rank of the mesh was given, in its order."""
-    kinds = {name: _describe(tensor) for name, tensor in tensors.items()}
-    whole = {
-        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in tensors.items()
-        if not isinstance(tensor, DTensor) or tensor.placements[0] == WHOLE
-    }
-    if is_simulated():
-        values = {name: _by_rank(problem, tensor) for name, tensor in whole.items()}
-        return [
-            {**settings, **kinds, **{f"the value of {name}": _digest(v[rank]) for name, v in values.items()}}
-            for rank in range(problem.ranks)
-        ]
-    own = {**settings, **kinds, **{f"the value of {name}": _digest(tensor) for name, tensor in whole.items()}}
-    return _gather_objects(problem, own)
+    values = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+
+    def fact(rank: int, own: dict[str, Tensor]) -> dict[str, Any]:
+        facts = {**settings, SHARDS: {}}
+        for name, tensor in tensors.items():
+            facts[name] = _describe(tensor)
+            if placement(tensor) == SEQUENCE:
+                shape = list(tensor.shape)
+                shape[1] = chunk_sizes(shape[1], mesh.size())[rank]
+                facts[SHARDS][name] = shape, list(own[name].shape)
+            elif placement(tensor) in (None, WHOLE):
+                facts[f"the value of {name}"] = _digest(own[name])
+        return facts
+
+    if not is_simulated():
+        return _gather_objects(mesh, fact(mesh.get_local_rank(), values))
+    by_rank = {name: _by_rank(mesh, value) for name, value in values.items()}
+    return [fact(rank, {name: v[rank] for name, v in by_rank.items()}) for rank in range(mesh.size())]
 
 
-def _lengths(problem: Problem, tensor: DTensor) -> list[int]:
-    """How many tokens each rank of the mesh holds."""
-    local = tensor.to_local()
-    if is_simulated():
-        return [value.shape[1] for value in _by_rank(problem, local)]
-    return _gather_objects(problem, local.shape[1])
-
-
-def _by_rank(problem: Problem, tensor: Tensor) -> list[Tensor]:
+def _by_rank(mesh: DeviceMesh, tensor: Tensor) -> list[Tensor]:
     values = rank_values(tensor)
-    return [values[rank] for rank in problem.mesh.mesh.tolist()] if len(values) > 1 else values * problem.ranks
+    return [values[rank] for rank in mesh.mesh.tolist()] if len(values) > 1 else values * mesh.size()
 
 
-def _gather_objects(problem: Problem, own: Any) -> list[Any]:
-    everyone: list[Any] = [None] * problem.ranks
-    dist.all_gather_object(everyone, own, group=problem.mesh.get_group())
+def _gather_objects(mesh: DeviceMesh, own: Any) -> list[Any]:
+    everyone: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(everyone, own, group=mesh.get_group())
     return everyone
 
 

@@ -55,7 +55,7 @@ def choose_strategy(problem: Problem, strategy: str = AUTO) -> Choice:
         return Choice(strategy, "asked for")
     heads = f"{problem.heads} heads ({problem.kv_heads} of key and value)"
     if problem.kv_heads * problem.ranks <= problem.heads and not problem.is_causal:
-        return Choice("gather", f"of {heads} every rank needs most: gathering those sends and holds the least")
+        return Choice("gather", f"of {heads} every rank needs most of the latter: gathering them sends least")
     if size == problem.ranks:
         return Choice("ulysses", f"{problem.ranks} ranks divide {heads}, and its exchanges are the smallest")
     idle = -(-problem.heads // problem.ranks) * problem.ranks / problem.heads - 1

@@ -23,6 +23,13 @@ __all__ = ["sharded_attention"]
 
 SEQUENCE_TO_SEQUENCE, TO_WHOLE, UNKNOWN = range(3)
 
+# Attention that torch computes inside, where no one sees it: of the shard alone, and so wrongly.
+_OPAQUE = (
+    F.multi_head_attention_forward,
+    torch._native_multi_head_attention,
+    torch._transformer_encoder_layer_fwd,
+)
+
 
 class sharded_attention(TorchFunctionMode):  # used as a context manager, as torch names them
     """Inside, `F.scaled_dot_product_attention` attends over a mesh.
@@ -42,9 +49,15 @@ class sharded_attention(TorchFunctionMode):  # used as a context manager, as tor
             holds whole; attention to them sends nothing.
         strategy: see `mesh_attention`.
 
+    What is recomputed for the backward pass (`torch.utils.checkpoint`) is
+    recomputed outside: give it
+    `context_fn=lambda: (nullcontext(), sharded_attention(...))` and
+    `use_reentrant=False`.
+
     Raises:
         ValueError: on entering, if a length of `whole` could be taken for a
-            shard's; inside, for a call whose lengths are neither, and for dropout.
+            shard's; inside, for a call whose lengths are neither, for dropout, and
+            for `nn.MultiheadAttention`, whose attention cannot be seen from outside.
 
     Example:
         >>> with sharded_attention(mesh["cp"], seq_len=4096, whole=[77]):
@@ -77,6 +90,11 @@ class sharded_attention(TorchFunctionMode):  # used as a context manager, as tor
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        if func in _OPAQUE and (self.mesh is not None or any(isinstance(arg, DTensor) for arg in args)):
+            raise ValueError(
+                f"{func.__name__} (of nn.MultiheadAttention) attends where sharded_attention cannot see it; "
+                "call F.scaled_dot_product_attention instead"
+            )
         return func(*args, **kwargs)
 
     def _attend(

@@ -37,7 +37,7 @@ def joint_attention(
     Each rank takes its part of the text as it takes its part of the image, so
     every token is a query once and a key once, in whatever strategy. What that
     costs is `mesh_attention` of the longer sequence, and, for text that is
-    replicated, one all-gather of its output.
+    replicated, one all-gather of its output, and of each of its gradients.
 
     Args:
         image: query, key and value `[batch, seq, heads, head_dim]`, placed `Shard(1)`.
@@ -54,7 +54,17 @@ def joint_attention(
     Raises:
         ValueError: as `mesh_attention`.
     """
-    given = describe(image=image[0], text=text[0])
+    named = {f"image {name}": tensor for name, tensor in zip(NAMES, image, strict=True)}
+    named |= {f"text {name}": tensor for name, tensor in zip(NAMES, text, strict=True)}
+    check_ranks({**named, "attn_mask": attn_mask}, strategy=strategy, is_causal=is_causal, scale=scale)
+
+    def wrong(expected: str, fix: str = "") -> ValueError:
+        return ValueError(f"joint attention takes {expected}; given {describe(**named)}{'; ' if fix else ''}{fix}")
+
+    if image[0].shape[1] != image[1].shape[1] or text[0].shape[1] != text[1].shape[1]:
+        raise wrong("query, key and value of one length, of image and of text")
+    if image[0].shape[0::2] != text[0].shape[0::2] or image[1].shape[2] != text[1].shape[2]:
+        raise wrong("image and text of one batch and one number of heads")
     parts = [text, image] if text_first else [image, text]
     if not any(isinstance(tensor, DTensor) for tensor in (*image, *text)):
         query, key, value = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
@@ -68,19 +78,18 @@ def joint_attention(
     query, key, value = (_divide(tensor) for tensor in text)
     of_text = read(query, key, value, is_causal=is_causal, scale=scale)
     if of_image is None or of_text is None or of_image.mesh != of_text.mesh:
-        raise ValueError(f"image and text are to be DTensors on one mesh; given {given}")
+        raise wrong("image and text as DTensors on one mesh")
     assert isinstance(text[0], DTensor)
     if placement(image[1]) != SEQUENCE or placement(key) != SEQUENCE:
-        raise ValueError(f"image is to be Shard(1), and text Shard(1) or Replicate(), in all of q, k, v; given {given}")
+        raise wrong(
+            "image Shard(1), and text Shard(1) or Replicate(), in all of query, key and value",
+            "use .redistribute(placements=[Shard(1)])",
+        )
     if replace(of_image, queries=(), keys=()) != replace(of_text, queries=(), keys=()):
-        raise ValueError(f"image and text need one batch, one number of heads, one dtype; given {given}")
+        raise wrong("image and text of one head_dim and one dtype")
     problem = _together(of_image, image[0].shape[1], query.shape[1], text_first)
     total = sum(map(count, problem.queries))
     mask = attn_mask if attn_mask is None else whole_mask(plain_mask(attn_mask), *_sizes(query, total))
-    named = {f"image {name}": tensor for name, tensor in zip(NAMES, image, strict=True)}
-    named |= {f"text {name}": tensor for name, tensor in zip(NAMES, text, strict=True)}
-    check_ranks(problem, strategy, **named, attn_mask=attn_mask)
-
     own_query, own_key, own_value = (
         _beside(to_shard(one), to_shard(other)) for one, other in zip(image, (query, key, value), strict=True)
     )
@@ -119,4 +128,4 @@ def _beside(image: Tensor, text: Tensor) -> Tensor:
 
 @on_each_rank
 def _apart(problem: Problem, rank: int, attended: Tensor) -> tuple[Tensor, ...]:
-    return attended.split([len(own) for own in problem.queries[rank]], dim=1)
+    return tuple(part.contiguous() for part in attended.split([len(own) for own in problem.queries[rank]], dim=1))

@@ -108,8 +108,9 @@ def out_of_order(tensor: Tensor, tokens: Tokens) -> Tensor:
 
 
 def from_shard(shard: Tensor, mesh: DeviceMesh, placement: Placement, like: Tensor) -> DTensor:
-    """A DTensor of the global shape and stride of `like`, of which this rank holds `shard`."""
-    return DTensor.from_local(shard, mesh, [placement], run_check=False, shape=like.shape, stride=like.stride())
+    """A contiguous DTensor of the global shape of `like`, of which this rank holds `shard`."""
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(shard, mesh, [placement], run_check=False, shape=like.shape, stride=stride)
 
 
 def to_shard(tensor: Tensor) -> Tensor:

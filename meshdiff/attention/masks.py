@@ -23,8 +23,6 @@ def whole_mask(mask: Tensor, batch: int, heads: int, queries: int, keys: int) ->
     fits = f"attn_mask needs a shape that broadcasts to [batch {batch}, heads {heads}, queries {queries}, keys {keys}]"
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"attn_mask is bool (True: may be seen) or floating point (added), not {mask.dtype}")
-    if mask.requires_grad:
-        raise ValueError("attn_mask gets no gradient over a mesh; pass attn_mask.detach()")
     if mask.ndim < 2 and mask.numel() != keys:
         raise ValueError(f"{fits}; given {list(mask.shape)}")
     if mask.shape == (batch, keys) and batch not in (1, queries):
@@ -62,7 +60,9 @@ def causal(queries: Tokens, keys: Tokens, device: torch.device) -> Tensor | bool
         return True
     if min(k[0] for k in keys) > max(q[-1] for q in queries):
         return False
+    # int32: in code compiled for a CPU, masks made of int64 and float32 do not mix.
     rows, columns = (
-        torch.cat([torch.arange(own.start, own.stop, device=device) for own in tokens]) for tokens in (queries, keys)
+        torch.cat([torch.arange(own.start, own.stop, dtype=torch.int32, device=device) for own in tokens])
+        for tokens in (queries, keys)
     )
     return (rows[:, None] >= columns)[None, None]

@@ -34,7 +34,23 @@ __all__ = ["ring"]
 
 def ring(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
+    if mask is not None and mask.is_floating_point():
+        mask = _level(problem, mask)
     return _Ring.apply(problem, query, key, value, mask)
+
+
+@on_each_rank
+def _level(problem: Problem, mask: Tensor) -> Tensor:
+    """An additive mask whose highest entry of each row is 0, which leaves attention as it is.
+
+    A row of -1e9 or of the dtype's lowest number would swallow the log-sum-exp by which blocks are merged.
+    """
+    mask = mask.to(wide(mask.dtype))
+    if problem.is_causal and min(mask.shape[2:]) > 1:
+        seen = causal((range(mask.shape[2]),), (range(mask.shape[3]),), mask.device)
+        mask = mask if isinstance(seen, bool) else mask.masked_fill(~seen, -torch.inf)
+    highest = mask.amax(-1, keepdim=True)
+    return mask - highest.masked_fill(highest == -torch.inf, 0)
 
 
 class _Ring(torch.autograd.Function):

@@ -15,8 +15,10 @@ from torch.distributed.tensor.placement_types import Placement
 from meshdiff.attention.choice import AUTO
 from meshdiff.attention.drop_in import sharded_attention
 from meshdiff.attention.local import to_shard
+from meshdiff.attention.problem import chunk_sizes
 from meshdiff.mesh import replicate_module
 from meshdiff.placements import SEQUENCE
+from meshdiff.simulation import on_each_rank
 
 __all__ = ["ContextParallel"]
 
@@ -25,7 +27,8 @@ class ContextParallel(ParallelStyle):
     """A module that calls `F.scaled_dot_product_attention` works on a shard of the sequence.
 
     Its parameters become replicated DTensors, its first input `[batch, seq, ...]`
-    a DTensor sharded over the sequence, and its attention `mesh_attention`.
+    a DTensor sharded over the sequence, other tensors replicated ones (a text to
+    attend to, say), and its attention `mesh_attention`.
 
     Args:
         input_layouts: what a plain first input is: `Shard(1)`, this rank's part of
@@ -75,9 +78,17 @@ class ContextParallel(ParallelStyle):
 
         # Hooks before and after could not keep the mode to this module when its forward raises.
         @wraps(forward)
-        def sharded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def sharded(*args: Any, **kwargs: Any) -> Any:
+            given = [*args, *kwargs.values()]
+            first = next((i for i, arg in enumerate(given) if isinstance(arg, Tensor)), None)
+            if first is None:
+                raise ValueError(f"{type(module).__name__} was called without a tensor to divide")
+            placed = [
+                self._sequence(arg, device_mesh) if i == first else _whole(arg, device_mesh)
+                for i, arg in enumerate(given)
+            ]
             with sharded_attention(strategy=self.strategy):
-                output = forward(self._sequence(x, device_mesh), *args, **kwargs)
+                output = forward(*placed[: len(args)], **dict(zip(kwargs, placed[len(args) :], strict=True)))
             if not isinstance(output, DTensor):
                 raise ValueError(f"{type(module).__name__} was given a DTensor and returned {type(output).__name__}")
             output = output.redistribute(placements=[self.output_layouts])
@@ -97,5 +108,23 @@ class ContextParallel(ParallelStyle):
             return DTensor.from_local(x, mesh, [Replicate()], run_check=False).redistribute(placements=[SEQUENCE])
         if self.seq_len is None:
             raise ValueError("a plain Shard(1) input does not tell the whole length; ContextParallel(seq_len=...) does")
+        _check_length(x, self.seq_len, mesh.size(), mesh.get_local_rank())
         whole = torch.empty(x.shape[0], self.seq_len, *x.shape[2:], device="meta")
         return DTensor.from_local(x, mesh, [SEQUENCE], run_check=False, shape=whole.shape, stride=whole.stride())
+
+
+def _whole(arg: Any, mesh: DeviceMesh) -> Any:
+    """Another input, such as a text, as what every rank holds whole."""
+    if isinstance(arg, Tensor) and not isinstance(arg, DTensor):
+        return DTensor.from_local(arg, mesh, [Replicate()], run_check=False)
+    return arg
+
+
+@on_each_rank
+def _check_length(x: Tensor, seq_len: int, ranks: int, rank: int) -> None:
+    sizes = chunk_sizes(seq_len, ranks)
+    if x.shape[1] != sizes[rank]:
+        raise ValueError(
+            f"rank {rank} was given {x.shape[1]} of seq_len={seq_len} tokens; over {ranks} ranks its part is "
+            f"{sizes[rank]}, as torch.chunk(whole, {ranks}, dim=1) divides them"
+        )
