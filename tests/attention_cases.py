@@ -65,8 +65,8 @@ def _draw_mask(case: Case) -> Tensor:
         return torch.randn(queries, keys, generator=generator).to(DTYPES[case.dtype])
     if case.mask == "lowest":  # how many mask whole rows, and keys, without an infinity
         lowest = torch.zeros(queries, keys, dtype=DTYPES[case.dtype])
-        lowest[torch.rand(queries, generator=generator) < 0.4] = torch.finfo(lowest.dtype).min
         lowest[:, torch.rand(keys, generator=generator) < 0.2] = -1e4
+        lowest[torch.rand(queries, generator=generator) < 0.4] = torch.finfo(lowest.dtype).min
         return lowest
     shape = (batch, 1, 1, keys) if "padding" in case.mask else (1, heads, queries, keys)
     return torch.rand(shape, generator=generator) < 0.7
