@@ -31,26 +31,42 @@ from meshdiff.simulation import on_each_rank
 
 __all__ = ["ring"]
 
+SWALLOWS = 2**25
+"""Float32 numbers of this size are 4 apart."""
+
 
 def ring(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
     if mask is not None and mask.is_floating_point():
-        mask = _level(problem, mask)
+        mask, swallowed = _level(problem, problem.mesh.get_local_rank(), mask)
+        query = _blank(query, swallowed)
     return _Ring.apply(problem, query, key, value, mask)
 
 
 @on_each_rank
-def _level(problem: Problem, mask: Tensor) -> Tensor:
+def _level(problem: Problem, rank: int, mask: Tensor) -> tuple[Tensor, Tensor]:
     """An additive mask whose highest entry of each row is 0, which leaves attention as it is.
 
-    A row of -1e9 or of the dtype's lowest number would swallow the log-sum-exp by which blocks are merged.
+    A row of nothing but -1e9 or the dtype's lowest number would swallow the
+    log-sum-exp by which blocks are merged. It swallows the logits as well, so
+    that such a query sees all its keys alike: as a query of zeros does.
+
+    Returns:
+        The mask, and which of this rank's queries are swallowed, `[batch or 1, seq or 1, heads or 1, 1]`.
     """
     mask = mask.to(wide(mask.dtype))
     if problem.is_causal and min(mask.shape[2:]) > 1:
         seen = causal((range(mask.shape[2]),), (range(mask.shape[3]),), mask.device)
         mask = mask if isinstance(seen, bool) else mask.masked_fill(~seen, -torch.inf)
     highest = mask.amax(-1, keepdim=True)
-    return mask - highest.masked_fill(highest == -torch.inf, 0)
+    highest = highest.masked_fill(highest == -torch.inf, 0)
+    swallowed = part(highest, None, problem.queries[rank], None) < -SWALLOWS
+    return mask - highest, swallowed.transpose(1, 2)
+
+
+@on_each_rank
+def _blank(query: Tensor, swallowed: Tensor) -> Tensor:
+    return query.masked_fill(swallowed, 0)
 
 
 class _Ring(torch.autograd.Function):
