@@ -20,7 +20,16 @@ from hypothesis import strategies as st
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from meshdiff import Layout, MeshAttention, explain_strategy, init_mesh, joint_attention, mesh_attention, simulate
+from meshdiff import (
+    CommsCounter,
+    Layout,
+    MeshAttention,
+    explain_strategy,
+    init_mesh,
+    joint_attention,
+    mesh_attention,
+    simulate,
+)
 from meshdiff.attention.blocks import attend_block, attend_block_backward
 from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
 from meshdiff.attention.problem import chunk_ranges, chunk_sizes
@@ -153,6 +162,26 @@ def check_joint(values, case):
             assert torch.equal(value, expected), name
         else:
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("whole_text", [True, False])
+@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather"])
+def test_joint_tokens_send_what_one_sequence_does(strategy, whole_text):
+    case, ranks = Joint(24, 8, whole_text=whole_text, strategy=strategy), 4
+    with simulate(ranks):
+        cp = init_mesh(Layout(1, ranks), "cpu")["cp"]
+        text_placement = Replicate() if whole_text else Shard(1)
+        query, *_ = case.tensors()
+        image, text = place(query, cp, [Shard(1)]), place(query[:, :8], cp, [text_placement])
+        with CommsCounter(cp) as comms:
+            joint_attention((image,) * 3, (text,) * 3, strategy=strategy)
+        traffic = as_counter(comms.as_dict())
+    forward, _ = attention(strategy, (2, 32, 32, case.heads, case.heads, 8), ranks, 0)
+    if whole_text:
+        forward += Counter(
+            {("all_gather", "count"): 1, ("all_gather", "bytes"): 2 * 2 * case.heads * 8 * 4 * (ranks - 1)}
+        )
+    assert traffic == forward
 
 
 def test_joint_misuse_is_one_clear_error():
