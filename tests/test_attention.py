@@ -220,7 +220,7 @@ def test_joint_tokens_equal_one_sequence_on_one_device(case, ranks):
 
 
 def test_compiled_strategies_have_no_graph_break_and_the_same_bits(tmp_path):
-    assert run_on_ranks("compiled_attention", 2, tmp_path) == [True] * 4
+    assert run_on_ranks("compiled_attention", 2, tmp_path) == [True, True]
 
 
 def test_checks_name_the_rank_that_differs_on_every_rank(tmp_path):
