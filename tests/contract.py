@@ -33,13 +33,15 @@ def exchange_bytes(tokens: list[int], heads: list[int], total_heads: int, rank: 
     return to_heads, heads[rank] * (sum(tokens) - tokens[rank])
 
 
-def ulysses(queries: list[int], keys: list[int], heads: int, kv_heads: int, rank: int) -> tuple[list[int], list[int]]:
-    """Tokens x heads sent in each call, forward and backward."""
+def ulysses(
+    queries: list[int], keys: list[int], heads: int, kv_heads: int, rank: int, together: bool
+) -> tuple[list[int], list[int]]:
+    """Tokens x heads sent in each call, forward and backward; query, key and value `together` if alike on all ranks."""
     ranks = len(queries)
     own, needed = chunk_sizes(heads, ranks), needed_heads(heads, kv_heads, ranks)
     query, out = exchange_bytes(queries, own, heads, rank)
     key, of_key = (2 * n for n in exchange_bytes(keys, needed, sum(needed), rank))
-    if queries == keys:
+    if together:
         return [query + key, out], [query, out + of_key]
     return [query, key, out], [query, out, of_key]
 
@@ -71,7 +73,7 @@ def attention(
     if strategy == "ring":
         calls = ring(k, kv_heads, rank, wide)
     elif strategy == "ulysses":
-        calls = ulysses(q, k, heads, kv_heads, rank)
+        calls = ulysses(q, k, heads, kv_heads, rank, together=q == k)
     else:
         u = max(
             size
@@ -81,9 +83,7 @@ def attention(
         group, member = divmod(rank, u)
         own = slice(group * u, (group + 1) * u)
         blocks = [sum(k[i : i + u]) for i in range(0, ranks, u)]
-        within = ulysses(q[own], k[own], heads, kv_heads, member)
-        if (q[own] == k[own]) != (q == k):
-            raise NotImplementedError("a group whose exchanges are unlike those of the others")
+        within = ulysses(q[own], k[own], heads, kv_heads, member, together=q == k)
         around = ring(blocks, max(1, kv_heads // u), group, wide)
         calls = (within[0] + around[0], within[1] + around[1])
     forward, backward = (sent("all_to_all", len(sizes), unit * sum(sizes)) for sizes in calls)
