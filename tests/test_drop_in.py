@@ -86,12 +86,15 @@ def test_what_is_recomputed_needs_the_context_as_well():
     with simulate(2):
         cp = init_mesh(Layout(1, 2), "cpu")["cp"]
         gradients = []
+
+        def contexts():
+            return nullcontext(), sharded_attention(cp, seq_len=29)
+
         for recompute in (False, True):
             shard = chunk(x, 2, cp.get_local_rank()).requires_grad_()
             with sharded_attention(cp, seq_len=29):
                 if recompute:
-                    context = lambda: (nullcontext(), sharded_attention(cp, seq_len=29))  # noqa: E731
-                    output = checkpoint(attention, shard, use_reentrant=False, context_fn=context)
+                    output = checkpoint(attention, shard, use_reentrant=False, context_fn=contexts)
                 else:
                     output = attention(shard)
             output.square().sum().backward()
