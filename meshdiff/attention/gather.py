@@ -31,8 +31,8 @@ _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_te
 
 def gather(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
-    # Each rank finds a share of every key's gradient. On a CPU, where half precision is not faster, the
-    # shares are float32, so that they are rounded once and not once a rank.
+    # Each rank finds a share of every key's gradient. On a CPU the shares are float32, so that they are
+    # rounded once and not once a rank; kernels for CUDA want half precision.
     dtype = wide(query.dtype) if query.device.type == "cpu" else query.dtype
     key, value = _Gather.apply(problem, dtype, key, value)
     attended = attend_rows(problem, problem.mesh.get_local_rank(), query.to(dtype), key, value, mask)
