@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from meshdiff.models.layers import rope_3d
 from meshdiff.models.prompts import Prompt
-from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, initialize, patchify
+from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, initialize
+from meshdiff.models.wan import patchify
 
 # (share of the steps, frames, height, width). Short clips cost half as much and teach
 # shapes and directions just as well; the other sizes make size a run-time choice.

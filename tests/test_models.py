@@ -9,7 +9,8 @@ from meshdiff import InputError, Layout, Request
 from meshdiff.models.checkpoint import load_weights
 from meshdiff.models.digits import DigitsModel
 from meshdiff.models.layers import apply_rope, rope_3d
-from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, patchify, unpatchify
+from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
+from meshdiff.models.wan import patchify, unpatchify
 from meshdiff.pipeline import check_request
 
 
@@ -43,8 +44,9 @@ def test_the_model_file_knows_nothing_of_meshes():
 
     import meshdiff.models.layers as layers
     import meshdiff.models.video_dit as video_dit
+    import meshdiff.models.wan as wan
 
-    for module in (layers, video_dit):
+    for module in (layers, video_dit, wan):
         source = inspect.getsource(module)
         assert not any(word in source for word in ("DTensor(", ".dist", "rank", "cp_size", "device_mesh"))
 

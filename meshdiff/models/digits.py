@@ -15,7 +15,8 @@ from meshdiff.mesh import place
 from meshdiff.models.checkpoint import load_weights
 from meshdiff.models.layers import rope_3d
 from meshdiff.models.prompts import Prompt, parse_prompt
-from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, patchify, unpatchify
+from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
+from meshdiff.models.wan import patchify, unpatchify
 from meshdiff.placements import WHOLE
 from meshdiff.request import Request
 

@@ -17,6 +17,16 @@ from torch import Tensor, nn
 from meshdiff.attention import MeshAttention
 
 
+FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm_cross")
+"""Parts of parameters' names. These stay float32 in a model of lower precision, as in Wan: they decide how much
+of everything else gets through, and there are few of them."""
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parameter of that name in a model that computes in `dtype`."""
+    return torch.float32 if any(part in name for part in FLOAT32) else dtype
+
+
 def rope_3d(grid: tuple[int, int, int], head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
     """Rotary position tables for tokens in frame-major order (frame, row, column).
 
@@ -120,6 +130,11 @@ class CrossAttention(nn.Module):
         return self.out(self.attention(query, key, value).flatten(-2))
 
 
+def modulate(norm: nn.Module, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`norm(x) * (1 + scale) + shift`, in the precision of shift and scale, returned in that of `x`."""
+    return torch.addcmul(shift, norm(x.float()), 1 + scale).type_as(x)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward; time enters as shifts, scales and gates.
 
@@ -128,12 +143,12 @@ class Block(nn.Module):
     adds an offset of its own.
     """
 
-    def __init__(self, dim: int, heads: int, ffn_dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, heads: int, ffn_dim: int, eps: float = 1e-6, cross_norm: bool = True) -> None:
         super().__init__()
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.norm_attention = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.attention = SelfAttention(dim, heads, eps)
-        self.norm_cross = nn.LayerNorm(dim, eps=eps)
+        self.norm_cross = nn.LayerNorm(dim, eps=eps) if cross_norm else nn.Identity()
         self.cross_attention = CrossAttention(dim, heads, eps)
         self.norm_ffn = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
@@ -141,9 +156,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time: Tensor, keys_values: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """`x` `[batch, seq, dim]`, `time` `[batch or 1, 6, dim]`, `keys_values` of `cross_attention.project`."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time).chunk(6, dim=1)
-        x = x + gate * self.attention(torch.addcmul(shift, self.norm_attention(x), 1 + scale), rope)
-        x = x + self.cross_attention(self.norm_cross(x), keys_values)
-        return x + ffn_gate * self.ffn(torch.addcmul(ffn_shift, self.norm_ffn(x), 1 + ffn_scale))
+        x = (x + gate * self.attention(modulate(self.norm_attention, x, shift, scale), rope)).type_as(x)
+        x = x + self.cross_attention(self.norm_cross(x.float()).type_as(x), keys_values)
+        return (x + ffn_gate * self.ffn(modulate(self.norm_ffn, x, ffn_shift, ffn_scale))).type_as(x)
 
 
 class Head(nn.Module):
@@ -158,4 +173,4 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`x` `[batch, seq, dim]`, `time` `[batch or 1, dim]`."""
         shift, scale = (self.modulation + time.unsqueeze(1)).chunk(2, dim=1)
-        return self.linear(torch.addcmul(shift, self.norm(x), 1 + scale))
+        return self.linear(modulate(self.norm, x, shift, scale))

@@ -1,59 +1,36 @@
-"""A small video diffusion transformer in the style of Wan, written as for one device."""
+"""The embedded model's transformer: Wan's in small, for words and for frames in pixels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from meshdiff.models.layers import Block, Head, TimeEmbedding
+from meshdiff.models.wan import WanConfig, WanTransformer
+
+__all__ = ["VideoDiT", "VideoDiTConfig", "initialize"]
 
 
 @dataclass(frozen=True)
-class VideoDiTConfig:
+class VideoDiTConfig(WanConfig):
     """The shape of a `VideoDiT`."""
 
     channels: int = 1
-    """Channels of a frame."""
     patch: tuple[int, int, int] = (2, 8, 8)
-    """Frames, rows and columns that one token covers."""
     dim: int = 192
-    """Width of the residual stream."""
     depth: int = 6
-    """Number of blocks."""
     heads: int = 8
-    """Attention heads; `dim / heads` must be even."""
     ffn_dim: int = 720
-    """Inner width of the feed-forward layers."""
     vocabulary: int = 24
     """Number of words the prompt may be made of."""
 
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def patch_dim(self) -> int:
-        frames, rows, columns = self.patch
-        return frames * rows * columns * self.channels
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text_dim", self.dim)  # words are embedded here, at the model's own width
 
 
-def patchify(video: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """Video `[batch, channels, frames, height, width]` to tokens `[batch, seq, patch_dim]`, frame-major."""
-    t, h, w = patch
-    return rearrange(video, "b c (f t) (y h) (x w) -> b (f y x) (t h w c)", t=t, h=h, w=w)
-
-
-def unpatchify(tokens: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
-    """The inverse of `patchify` for a latent `grid` of (frames, rows, columns)."""
-    (f, y, x), (t, h, w) = grid, patch
-    return rearrange(tokens, "b (f y x) (t h w c) -> b c (f t) (y h) (x w)", f=f, y=y, x=x, t=t, h=h, w=w)
-
-
-class VideoDiT(nn.Module):
-    """Velocity of a flow from noise to video, given the time and a prompt.
+class VideoDiT(WanTransformer):
+    """Velocity of a flow from noise to video, given the time and the words of a prompt.
 
     The network itself predicts the clean clip, which lies on a low-dimensional
     manifold and is easier to express than a velocity that carries the noise of
@@ -64,50 +41,19 @@ class VideoDiT(nn.Module):
     TIME_FLOOR = 0.05
 
     def __init__(self, config: VideoDiTConfig) -> None:
-        super().__init__()
-        self.config = config
-        dim = config.dim
-        self.patch_embedding = nn.Linear(config.patch_dim, dim)
-        self.word_embedding = nn.Embedding(config.vocabulary, dim)
-        self.text_mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-        self.time_embedding = TimeEmbedding(dim)
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(dim, config.heads, config.ffn_dim) for _ in range(config.depth))
-        self.head = Head(dim, config.patch_dim)
+        super().__init__(config)
+        self.word_embedding = nn.Embedding(config.vocabulary, config.dim)
 
-    def encode_text(self, words: Tensor) -> Tensor:
-        """What cross-attention reads of prompts, once a run.
-
-        Args:
-            words: their numbers, int64 `[batch, text]`.
-
-        Returns:
-            Context `[batch, depth, 2, text, heads, head_dim]`: keys and values for each block.
-        """
-        text = self.text_mlp(self.word_embedding(words))
-        return torch.stack([block.cross_attention.project(text) for block in self.blocks], dim=1)
+    def encode_text(self, text: Tensor) -> Tensor:
+        """What cross-attention reads of prompts, once a run; `text` are numbers of words, int64 `[batch, text]`."""
+        return super().encode_text(self.word_embedding(text))
 
     def denoise(self, x: Tensor, time: Tensor, context: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The clean tokens that `x` is a noisy version of; arguments as for `forward`."""
-        features = self.time_embedding(1000 * time)
-        modulation = self.time_projection(features).unflatten(-1, (6, -1))
-        hidden = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))
-        for block, keys_values in zip(self.blocks, context.unbind(1), strict=True):
-            hidden = block(hidden, modulation, keys_values, rope)
-        return self.head(hidden, features)
+        return super().forward(x, 1000 * time, context, rope)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Velocity d(x)/d(time) of the flow `x = (1 - time) * clean + time * noise`.
-
-        Args:
-            x: noisy tokens `[batch, seq, patch_dim]`.
-            time: `[batch]` in (0, 1], 1 is pure noise; or `[1]` for the whole batch.
-            context: from `encode_text`.
-            rope: the tables of `rope_3d`, each `[seq, 1, head_dim / 2]`.
-
-        Returns:
-            Velocity `[batch, seq, patch_dim]`, in the precision of `x`, which may be higher than the weights'.
-        """
+        """As Wan's, but for the time, which is in (0, 1]."""
         clean = self.denoise(x, time, context, rope)
         return (x - clean) / time.clamp(min=self.TIME_FLOOR)[:, None, None]
 
