@@ -4,10 +4,12 @@ One process:      python experiments/run.py
 Two, guidance:    torchrun --nproc-per-node 2 experiments/run.py --cfg 2 --prompt "a 7 moving left"
 Eight:            torchrun --nproc-per-node 8 experiments/run.py --cp 4 --cfg 2
 Eight, played:    python experiments/run.py --cp 4 --cfg 2 --simulate
+Eight, Wan:       torchrun --nproc-per-node 8 experiments/run.py --model wan --checkpoint FOLDER --cp 4 --cfg 2
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -16,7 +18,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -34,10 +35,11 @@ from meshdiff.errors import InputError
 from meshdiff.launch import end_process, end_with_launcher, start_ranks
 from meshdiff.media import write_video
 from meshdiff.mesh import Layout, check_gpus, init_distributed, init_mesh, launched_world_size, torchrun_command
-from meshdiff.metrics import RunMetrics, StepTimer, collect
-from meshdiff.models.digits import WEIGHTS, DigitsModel
+from meshdiff.metrics import RunMetrics, Timer, collect
+from meshdiff.models import DigitsModel, VideoModel, WanModel, WanRequest
+from meshdiff.models.digits import WEIGHTS
 from meshdiff.output import COMPLETE, output_folder
-from meshdiff.pipeline import Pipeline, check_request
+from meshdiff.pipeline import Pipeline, prepare_request
 from meshdiff.request import Request
 from meshdiff.simulation import simulate
 
@@ -46,6 +48,8 @@ from meshdiff.simulation import simulate
 class Config:
     """Make one clip from a prompt, on one device or on many."""
 
+    model: Literal["digits", "wan"] = "digits"
+    """The embedded model, or Wan text-to-video from --checkpoint; --model wan --help shows Wan's own defaults."""
     request: tyro.conf.OmitArgPrefixes[Request] = field(default_factory=Request)
     cp: int | None = None
     """Context parallelism: ranks that share the sequence. By default what --cfg leaves of the world."""
@@ -56,15 +60,28 @@ class Config:
     """Play all ranks inside this one process: any layout on a laptop, slowly."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs if there are any."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and activations; the sampler's state is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and activations; the sampler's state is always float32. auto is bfloat16 for Wan on GPUs, else
+    float32."""
     threads: int = 1
     """CPU threads of each rank. Layouts give the same bits at equal thread counts; a GEMM that is
     split between threads adds up in another order."""
     compile: bool = False
     """Compile each transformer block with torch.compile: slow to start, faster to run."""
-    weights: Path = WEIGHTS
+    weights: Path | None = None
     """Weights of the embedded model (safetensors); those of the package by default."""
+    checkpoint: str | None = None
+    """Wan: a folder in diffusers' layout or in Wan's own, or a Hugging Face id."""
+    components: str | None = None
+    """Wan: the folder of text encoder, tokenizer and VAE in diffusers' layout, where --checkpoint has none."""
+    shard_weights: bool = False
+    """Each rank stores its part of every weight and gathers a block's at a time. Without it every rank stores all
+    weights: --cp and --cfg divide the work and the activations only."""
+    low_memory: Literal[0, 1, 2, 3] = 0
+    """0: everything on the device. 1: decoded tiles are put together in host memory. 2: the text encoder, too, comes
+    from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""
+    tile: int = 256
+    """Wan: pixels a side of the tiles that the ranks decode; 0 decodes the clip whole, on every rank."""
     out: Path | None = None
     """Folder to write; runs/<time>-<layout> by default."""
     overwrite: bool = False
@@ -85,8 +102,47 @@ class Config:
         flat = {**flat.pop("request"), **flat}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items()}
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        fast = self.model == "wan" and self.device_type == "cuda"
+        return getattr(torch, ("bfloat16" if fast else "float32") if self.dtype == "auto" else self.dtype)
+
+    def described(self) -> dict[str, object]:
+        """What `RunMetrics` says of these flags."""
+        return {
+            "model": self.model,
+            "checkpoint": self.checkpoint,
+            "dtype": str(self.torch_dtype).removeprefix("torch."),
+            "compiled": self.compile,
+            "simulated": self.simulate,
+            "shard_weights": self.shard_weights,
+            "low_memory": self.low_memory,
+        }
+
+    def open_model(self) -> VideoModel:
+        """The model, checked; the weights of a large one are read when they are needed."""
+        if self.model == "digits":
+            return DigitsModel.load(self.weights or WEIGHTS)
+        assert self.checkpoint is not None
+        return WanModel.open(
+            self.checkpoint,
+            self.components,
+            tile=self.tile,
+            tiles_on_host=self.low_memory >= 1,
+            offload_text=self.low_memory >= 2,
+        )
+
     def check(self) -> None:
         """Raise `InputError` for combinations that cannot work, whatever the layout."""
+        if self.model == "wan" and self.checkpoint is None:
+            raise InputError(
+                "--checkpoint",
+                "is missing; name a folder or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or make a tiny one: "
+                "python experiments/make_tiny_wan.py --out tiny-wan",
+            )
+        for flag, of in (("weights", "digits"), ("checkpoint", "wan"), ("components", "wan")):
+            if getattr(self, flag) is not None and self.model != of:
+                raise InputError(f"--{flag}", f"is for --model {of}; this is --model {self.model}")
         if self.simulate and self.compile:
             raise InputError("--compile", "does not work with --simulate; leave one of them out")
         if self.simulate and launched_world_size() > 1:
@@ -102,13 +158,21 @@ def parse(arguments: list[str]) -> Config:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            config = tyro.cli(Config, args=arguments)
+            config = tyro.cli(Config, args=arguments, default=_defaults(arguments))
     except SystemExit as stop:
         if not stop.code:
             raise HelpAsked("--help", printed.getvalue().rstrip()) from None
         raise ParseError("flags", printed.getvalue().rstrip()) from None
     config.check()
     return config
+
+
+def _defaults(arguments: list[str]) -> Config:
+    """Each model has its own idea of a clip, which the help is to show."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--model", default="digits", nargs="?")
+    model = peek.parse_known_args(arguments)[0].model
+    return Config(request=WanRequest() if model == "wan" else Request())
 
 
 class ParseError(InputError):
@@ -126,29 +190,39 @@ class HelpAsked(ParseError):
     exit_code = 0
 
 
-def generate(config: Config, layout: Layout, model: DigitsModel, on_step) -> tuple[torch.Tensor, RunMetrics]:
+def generate(
+    config: Config, layout: Layout, model: VideoModel, request: Request, progress: Progress
+) -> tuple[torch.Tensor, RunMetrics]:
     """The run itself, the same on every layout."""
-    dtype = getattr(torch, config.dtype)
     with simulate(layout.world_size) if config.simulate else contextlib.nullcontext():
         mesh = init_mesh(layout, config.device_type)
-        pipeline = Pipeline(model, mesh, dtype=dtype, compile=config.compile)
-        timer = StepTimer(config.device_type)
+        task = progress.add_task("loading weights", total=request.steps)
+        pipeline = Pipeline(
+            model,
+            mesh,
+            dtype=config.torch_dtype,
+            compile=config.compile,
+            shard_weights=config.shard_weights,
+            offload=config.low_memory >= 3,
+        )
+        timer = Timer(config.device_type)
 
-        def after_step(step: int) -> None:
-            timer(step)
-            on_step(step)
+        def on_stage(stage: str) -> None:
+            timer.on_stage(stage)
+            progress.update(task, description=stage)
+
+        def on_step(step: int) -> None:
+            timer.on_step(step)
+            progress.advance(task)
 
         with CommsCounter(mesh) as comms:
-            video = pipeline.generate(config.request, on_step=after_step)
-        metrics = collect(
-            config.request, layout, config.device_type, dtype, config.compile, config.simulate, timer, comms
-        )
+            video = pipeline.generate(request, on_step=on_step, on_stage=on_stage)
+        metrics = collect(request, layout, timer, comms, config.described())
     return video, metrics
 
 
-@contextlib.contextmanager
-def progress_bar(steps: int, console: Console) -> Iterator:
-    """A bar over sampling steps, on rank 0 only."""
+def progress_bar(console: Console) -> Progress:
+    """A bar over sampling steps that names the stage, on rank 0 only."""
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -156,9 +230,7 @@ def progress_bar(steps: int, console: Console) -> Iterator:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not is_first_rank()) as progress:
-        task = progress.add_task("sampling", total=steps)
-        yield lambda step: progress.advance(task)
+    return Progress(*columns, console=console, disable=not is_first_rank())
 
 
 def start_wandb(config: Config, layout: Layout, folder: Path):
@@ -211,10 +283,10 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
     return table
 
 
-def write(video: torch.Tensor, metrics: RunMetrics, wandb_run, folder: Path) -> None:
+def write(video: torch.Tensor, fps: int, metrics: RunMetrics, wandb_run, folder: Path) -> None:
     """All files of a run; the one that says it is complete comes last."""
     try:
-        write_video(video, folder)
+        write_video(video, folder, fps)
         if wandb_run is not None:
             log_wandb(wandb_run, metrics, folder)
         (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n")
@@ -228,20 +300,20 @@ def run(config: Config, layout: Layout) -> None:
     out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
     with contextlib.ExitStack() as stack:
         with agreed():
-            model = DigitsModel.load(config.weights)
-            check_request(model, config.request, layout)
+            model = config.open_model()
+            request = prepare_request(model, config.request, layout)
         folder, wandb_run = Path(), None
         with agreed():
             if is_first_rank():
                 folder = stack.enter_context(output_folder(out, config.overwrite))
                 wandb_run = start_wandb(config, layout, folder)
-        with progress_bar(config.request.steps, console) as on_step:
-            video, metrics = generate(config, layout, model, on_step)
+        with progress_bar(console) as progress:
+            video, metrics = generate(config, layout, model, request, progress)
         with agreed():
             if not video.isfinite().all():
                 raise InputError(f"--dtype {config.dtype}", "the clip is not made of numbers; try --dtype float32")
             if is_first_rank():
-                write(video, metrics, wandb_run, folder)
+                write(video, model.fps, metrics, wandb_run, folder)
                 stack.close()  # the folder takes its name
     if is_first_rank():
         console.print(summary(metrics, out))
@@ -260,7 +332,7 @@ def main(arguments: list[str]) -> int:
         with agreed():
             layout = Layout.resolve(world, len(config.request.branches), config.cfg, config.cp)
         if world == 1 and layout.world_size > 1 and not config.simulate:
-            check_request(DigitsModel.load(config.weights), config.request, layout)
+            prepare_request(config.open_model(), config.request, layout)
             if config.device_type == "cuda":
                 check_gpus(layout.world_size)
             print(

@@ -28,15 +28,18 @@ from meshdiff.errors import InputError
 __all__ = [
     "Layout",
     "check_gpus",
+    "from_first_rank",
     "groups_within",
     "init_distributed",
     "init_mesh",
     "launched_world_size",
     "on_mesh",
     "place",
+    "replicate_buffers",
     "replicate_module",
     "ring_of_groups",
     "torchrun_command",
+    "world_of",
 ]
 
 CFG, CP = "cfg", "cp"
@@ -217,6 +220,29 @@ def on_mesh(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement], shape
     )
 
 
+def from_first_rank(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, mesh: DeviceMesh) -> DTensor:
+    """What the mesh's first rank holds, on every rank; a broadcast along each mesh dim that has several ranks.
+
+    Args:
+        tensor: on the first rank; what others pass is not looked at.
+        shape, dtype: of that tensor, which every rank has to know.
+        mesh: with named dims.
+    """
+    if tensor is None:
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+    tensor = tensor.to(device=mesh.device_type, dtype=dtype).contiguous()
+    for dim in mesh.mesh_dim_names or ():
+        if mesh[dim].size() > 1:
+            # The ranks that are first along a dim have it from the dims before.
+            tensor = distribute_tensor(tensor, mesh[dim], [Replicate()], src_data_rank=0).to_local()
+    return place(tensor, mesh, [Replicate()] * mesh.ndim)
+
+
+def world_of(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of a mesh in a row; every rank must call it: it may start a process group."""
+    return init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("world",))
+
+
 def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Make every parameter and buffer of `module` a DTensor that each rank of `mesh` holds whole.
 
@@ -226,13 +252,20 @@ def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Raises:
         ValueError: if that has been done before.
     """
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+    if any(isinstance(tensor, DTensor) for tensor in [*module.parameters(), *module.buffers()]):
         raise ValueError("the module's weights are on a mesh already; load it again for another one")
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):
             value = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
             child.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    return replicate_buffers(module, mesh)
+
+
+def replicate_buffers(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """`replicate_module` for the buffers only, where parameters come and go."""
+    for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
+            buffer = buffer.to(mesh.device_type)
             child._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return module
 

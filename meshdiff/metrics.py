@@ -6,7 +6,9 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,29 +18,45 @@ from meshdiff.comms import CommsCounter
 from meshdiff.mesh import Layout
 from meshdiff.request import Request
 
-__all__ = ["RunMetrics", "StepTimer", "collect"]
+__all__ = ["RunMetrics", "Timer", "collect"]
 
 
-class StepTimer:
-    """Measures the seconds of each sampling step; pass it as `on_step`."""
+class Timer:
+    """Measures the seconds of each stage and each sampling step; pass its methods to `Pipeline.generate`."""
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type
-        self.seconds: list[float] = []
-        self.start = self._last = time.perf_counter()
+        self.steps: list[float] = []
+        self._stages: list[tuple[str, float]] = []
+        self._last = self.start = time.perf_counter()
 
-    def __call__(self, step: int) -> None:
+    def on_stage(self, stage: str) -> None:
+        self._last = self._now()
+        self._stages.append((stage, self._last))
+
+    def on_step(self, step: int) -> None:
+        now = self._now()
+        self.steps.append(now - self._last)
+        self._last = now
+
+    def finish(self) -> tuple[float, dict[str, float]]:
+        """Seconds of everything, and of each stage."""
+        end = self._now()
+        ends = [*(start for _, start in self._stages[1:]), end]
+        return end - self.start, {name: stop - start for (name, start), stop in zip(self._stages, ends, strict=True)}
+
+    def _now(self) -> float:
         if self.device_type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
+        return time.perf_counter()
 
 
 @dataclass(frozen=True)
 class RunMetrics:
     """The contents of `metrics.json`."""
 
+    model: str
+    checkpoint: str | None
     layout: dict[str, int]
     """Ranks of each mesh dim."""
     world_size: int
@@ -56,8 +74,11 @@ class RunMetrics:
     shift: float
     dtype: str
     compiled: bool
+    shard_weights: bool
+    low_memory: int
     seconds_total: float
-    """From prompt to frames, loading and writing excluded."""
+    """From prompt to frames, loading of the transformer and writing excluded."""
+    seconds_by_stage: dict[str, float]
     seconds_per_step: list[float]
     peak_memory_bytes: list[int]
     """For each rank: of the GPU's allocator on CUDA, of the process on CPU. One entry in a simulation."""
@@ -65,6 +86,8 @@ class RunMetrics:
     """By mesh dim and collective: calls, and bytes one rank sent to others (of the rank that sent most)."""
     device: str
     threads_per_rank: int
+    guidance_scale_2: float | None = None
+    """Of Wan2.2's second expert."""
     torch_version: str = torch.__version__
     meshdiff_version: str = field(default_factory=lambda: meshdiff.__version__)
 
@@ -73,30 +96,29 @@ class RunMetrics:
 
 
 def collect(
-    request: Request,
-    layout: Layout,
-    device_type: str,
-    dtype: torch.dtype,
-    compiled: bool,
-    simulated: bool,
-    timer: StepTimer,
-    comms: CommsCounter,
+    request: Request, layout: Layout, timer: Timer, comms: CommsCounter, described: Mapping[str, Any]
 ) -> RunMetrics:
-    """Gather the metrics of a finished run on every rank; a collective."""
-    seconds = time.perf_counter() - timer.start
-    ranks = from_every_rank((_peak_memory(device_type), comms.as_dict()))
+    """Gather the metrics of a finished run on every rank; a collective.
+
+    Args:
+        request: with nothing left open.
+        layout: the mesh's.
+        timer, comms: of the run.
+        described: the other fields that the caller knows.
+    """
+    seconds, stages = timer.finish()
+    ranks = from_every_rank((_peak_memory(timer.device_type), comms.as_dict()))
     return RunMetrics(
         layout={"dp": 1, "cfg": layout.cfg, "cp": layout.cp},
         world_size=layout.world_size,
-        simulated=simulated,
         **asdict(request),
-        dtype=str(dtype).removeprefix("torch."),
-        compiled=compiled,
+        **described,
         seconds_total=seconds,
-        seconds_per_step=timer.seconds,
+        seconds_by_stage=stages,
+        seconds_per_step=timer.steps,
         peak_memory_bytes=[memory for memory, _ in ranks],
         comms=_largest([traffic for _, traffic in ranks]),
-        device=torch.cuda.get_device_name() if device_type == "cuda" else _cpu_name(),
+        device=torch.cuda.get_device_name() if timer.device_type == "cuda" else _cpu_name(),
         threads_per_rank=torch.get_num_threads(),
     )
 

@@ -4,44 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.errors import InputError
 from meshdiff.guidance import Combine, classifier_free, divide_branches, run_branches
-from meshdiff.mesh import Layout, place, replicate_module
+from meshdiff.mesh import Layout, place, replicate_buffers, replicate_module, world_of
 from meshdiff.models import VideoModel
 from meshdiff.placements import POSITIONS, SEQUENCE, WHOLE
 from meshdiff.request import Request
-from meshdiff.sampling import SOLVERS, flow_times, sample
+from meshdiff.sampling import sample
 from meshdiff.simulation import on_each_rank, unwrap
+from meshdiff.streaming import Storage, Streamed, stream
 
-__all__ = ["Pipeline", "check_request"]
+__all__ = ["Pipeline", "prepare_request"]
 
 
-def check_request(model: VideoModel, request: Request, layout: Layout) -> None:
-    """Raise `InputError` if the model or the layout cannot do the request."""
-    model.check(request)
+def prepare_request(model: VideoModel, request: Request, layout: Layout) -> Request:
+    """The request with nothing left open; raises `InputError` if the model or the layout cannot do it."""
+    request = model.prepare(request)
     tokens = math.prod(model.grid(request))
     if 0 in chunk_sizes(tokens, layout.cp):
         most = max(n for n in range(1, layout.cp) if 0 not in chunk_sizes(tokens, n))
         raise InputError(
             "--cp", f"{layout.cp} ranks leave some without any of this clip's {tokens} tokens; use --cp {most} or fewer"
         )
+    return request
 
 
 class Pipeline:
     """A model on a mesh.
 
     Args:
-        model: its transformer's weights become DTensors on `mesh["cp"]`, in place.
+        model: its transformers' weights become DTensors on `mesh["cp"]`, in place.
         mesh: 2-D, dims ("cfg", "cp"), from `init_mesh`.
         dtype: of weights and activations; the sampler's state stays float32.
         compile: compile each block with `torch.compile`.
+        shard_weights: each rank stores its part of every weight, divided by all
+            ranks of the mesh, and gathers the weights of a block at a time. Else
+            every rank stores all of them: `cp` divides activations only.
+        offload: weights lie in host memory and come to the device a block at a time.
 
     Example:
         >>> mesh = init_mesh(Layout(cfg=1, cp=1))
@@ -51,16 +58,23 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: VideoModel, mesh: DeviceMesh, dtype: torch.dtype = torch.float32, compile: bool = False
+        self,
+        model: VideoModel,
+        mesh: DeviceMesh,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+        shard_weights: bool = False,
+        offload: bool = False,
     ) -> None:
         self.model, self.mesh = model, mesh
-        model.transformer.to(device=mesh.device_type)
-        for parameter in model.transformer.parameters():  # not buffers: frequencies need float32
-            parameter.data = parameter.data.to(dtype)
-        replicate_module(model.transformer, mesh["cp"])
-        if compile:
-            for block in model.transformer.blocks:
-                block.compile(fullgraph=True, dynamic=False)
+        device = torch.device(mesh.device_type)  # of a GPU, the one that `init_mesh` chose
+        storage = Storage(device, mesh["cp"], world_of(mesh) if shard_weights else None, offload)
+        for expert, transformer in enumerate(model.transformers):
+            if compile:
+                for block in transformer.blocks:
+                    block.compile(fullgraph=True, dynamic=False)
+            load = partial(model.fill, expert, device=device, dtype=dtype)
+            _put_weights(transformer, load, storage)
 
     @torch.no_grad()
     def generate(
@@ -69,38 +83,62 @@ class Pipeline:
         branches: Sequence[str] | None = None,
         combine: Combine | None = None,
         on_step: Callable[[int], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
     ) -> Tensor:
         """Run a request; every rank of the mesh has to call this.
 
         Args:
-            request: what to make; `check_request` tells whether it can be done.
+            request: what to make; `prepare_request` tells whether it can be done.
             branches: a prompt for each guidance branch, any number of at least
                 `cfg`; by default the prompt and, if guided, the negative prompt.
             combine: makes one velocity of the branches'; by default
-                classifier-free guidance at the request's scale.
+                classifier-free guidance at the request's scale for the expert.
             on_step: called with the number of each finished step.
+            on_stage: called when "reading prompt", "sampling" and "decoding" begin.
 
         Returns:
             The clip on every rank, float32 `[frames, channels, height, width]` in [-1, 1].
         """
-        combine = combine or classifier_free(request.guidance_scale)
+        begin = on_stage or (lambda stage: None)
+        begin("reading prompt")
+        request = self.model.prepare(request)
         cp = self.mesh["cp"]
         branches = request.branches if branches is None else branches
-        context = divide_branches(self.model.encode(branches, cp), self.mesh)
+        text = self.model.encode(branches, self.mesh)
         rope = tuple(place(table.to(cp.device_type), cp, [POSITIONS]) for table in self.model.rope(request))
         noise = on_each_rank(self.model.noise)(request).to(cp.device_type)
         start = place(noise, self.mesh, [WHOLE, SEQUENCE])
 
+        @lru_cache(maxsize=1)  # an expert that has had its turn has had it for good
+        def context(expert: int) -> DTensor:
+            return divide_branches(self.model.transformers[expert].encode_text(text), self.mesh)
+
         def velocity(x: Tensor, time: float) -> Tensor:
+            expert = self.model.expert(time)
             # One time for all branches: what it makes of itself must not depend on how many there are.
-            now = place(torch.full((1,), time, device=cp.device_type), cp, [WHOLE])
+            now = place(torch.full((1,), time * self.model.time_unit, device=cp.device_type), cp, [WHOLE])
 
             def denoise(tokens: Tensor, context: Tensor) -> Tensor:
-                return self.model.transformer(tokens, now, context, rope)
+                return self.model.transformers[expert](tokens, now, context, rope)
 
-            return combine(run_branches(denoise, x, context, len(branches)))
+            guide = combine or classifier_free(request.guidance_scales[expert])
+            return guide(run_branches(denoise, x, context(expert), len(branches)))
 
-        times = flow_times(request.steps, request.shift)
-        end = sample(velocity, start, times, SOLVERS[request.solver](), on_step)
+        begin("sampling")
+        times, solver = self.model.schedule(request)
+        end = sample(velocity, start, times, solver, on_step)
+        begin("decoding")
         assert isinstance(end, DTensor)
-        return self.model.decode(unwrap(end.full_tensor()), request)
+        return self.model.decode(unwrap(end.full_tensor()), request, self.mesh)
+
+
+def _put_weights(transformer: nn.Module, load: Callable[[Sequence[str]], None], storage: Storage) -> None:
+    """Load the weights to where they are to lie."""
+    if any(isinstance(module, Streamed) for module in transformer.modules()):
+        raise ValueError("the module's weights are on a mesh already; load it again for another one")
+    if storage.divided is None and not storage.on_host:
+        load([name for name, _ in transformer.named_parameters()])
+        replicate_module(transformer, storage.mesh)
+    else:
+        stream(transformer, transformer.order, load, storage)
+        replicate_buffers(transformer, storage.mesh)

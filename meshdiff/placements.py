@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.distributed.tensor import Replicate, Shard
 
-__all__ = ["BRANCHES", "HEADS", "POSITIONS", "SEQUENCE", "WHOLE"]
+__all__ = ["BRANCHES", "HEADS", "PARTS", "POSITIONS", "SEQUENCE", "WHOLE"]
 
 SEQUENCE = Shard(1)
 """Of tokens `[batch, seq, channels]` and of attention's `[batch, seq, heads, head_dim]`."""
@@ -14,5 +14,7 @@ BRANCHES = Shard(0)
 """Of anything with one entry a guidance branch, `[branches, ...]`."""
 POSITIONS = Shard(0)
 """Of tables with one row a token, `[seq, ...]`."""
+PARTS = Shard(0)
+"""Of a flat buffer, `[elements]`."""
 WHOLE = Replicate()
 """The same on every rank."""

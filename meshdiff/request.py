@@ -13,7 +13,7 @@ __all__ = ["Request"]
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to generate."""
+    """One clip to generate; the defaults are those of the embedded model."""
 
     prompt: str = "a 7 moving left"
     """What the clip shows: a digit or its name, a direction, and if you like a speed
@@ -34,7 +34,7 @@ class Request:
     """Seed of the initial noise; the same seed gives the same clip on every layout."""
     solver: Literal["euler", "ab2"] = "ab2"
     """Integrator of the flow: first order (euler) or second order at the same cost (ab2)."""
-    shift: float = 3.0
+    shift: float | None = 3.0
     """Time shift: above 1, more of the steps are spent on the noisy part."""
 
     def __post_init__(self) -> None:
@@ -43,14 +43,20 @@ class Request:
         for name in ("frames", "height", "width", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name}", f"{getattr(self, name)} given, needs at least 1")
-        if not math.isfinite(self.guidance_scale):
-            raise InputError("--guidance-scale", f"{self.guidance_scale} given, needs a finite number")
-        if not (math.isfinite(self.shift) and self.shift > 0):
+        for scale in self.guidance_scales:
+            if not math.isfinite(scale):
+                raise InputError("--guidance-scale", f"{scale} given, needs a finite number")
+        if self.shift is not None and not (math.isfinite(self.shift) and self.shift > 0):
             raise InputError("--shift", f"{self.shift} given, needs a number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError("--seed", f"{self.seed} given, needs to be from 0 to 2**63 - 1")
 
     @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        """The scale for each of the model's experts, of which most models have one."""
+        return (self.guidance_scale,)
+
+    @property
     def branches(self) -> list[str]:
         """The prompt of every guidance branch; just the one when guidance is off."""
-        return [self.prompt] if self.guidance_scale == 1 else [self.prompt, self.negative_prompt]
+        return [self.prompt] if set(self.guidance_scales) == {1} else [self.prompt, self.negative_prompt]

@@ -8,7 +8,7 @@ this file is the only one that imports it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,7 +25,7 @@ from torch.distributed._local_tensor import (
 # Registers the process group backend that sends nothing.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-__all__ = ["is_simulated", "largest", "on_each_rank", "rank_values", "simulate", "unwrap"]
+__all__ = ["is_simulated", "largest", "on_each_rank", "outside", "rank_values", "simulate", "unwrap"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -123,6 +123,17 @@ class _OnEachRank(torch.autograd.Function):
             args[i] = tensor
         found = dict(zip(wanted, input_gradients(gradients, *args), strict=True))
         return None, *(found.get(i) for i in range(len(args)))
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Inside a simulation, run the body once, for all ranks: what it makes is plain. Elsewhere, run it as it is.
+
+    For what every rank would do alike, such as reading a file.
+    """
+    mode = enabled_local_tensor_mode()
+    with nullcontext() if mode is None else mode.disable():
+        yield
 
 
 def rank_values(tensor: Tensor) -> list[Tensor]:

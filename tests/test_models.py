@@ -11,7 +11,7 @@ from meshdiff.models.digits import DigitsModel
 from meshdiff.models.layers import apply_rope, rope_3d
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
 from meshdiff.models.wan import patchify, unpatchify
-from meshdiff.pipeline import check_request
+from meshdiff.pipeline import prepare_request
 
 
 def test_patchify_is_frame_major_and_comes_back():
@@ -101,16 +101,16 @@ def test_weights_are_checked(tmp_path):
 )
 def test_requests_beyond_the_model_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        check_request(tiny_model(), Request(**change), Layout())
+        prepare_request(tiny_model(), Request(**change), Layout())
 
 
 def test_more_ranks_than_the_sequence_feeds_are_refused():
     request = Request(frames=8)  # 64 tokens
-    check_request(tiny_model(), request, Layout(1, 64))
+    prepare_request(tiny_model(), request, Layout(1, 64))
     with pytest.raises(InputError, match="--cp: 65 ranks leave some without any of this clip's 64 tokens; use --cp 64"):
-        check_request(tiny_model(), request, Layout(1, 65))
+        prepare_request(tiny_model(), request, Layout(1, 65))
     with pytest.raises(InputError, match="use --cp 32 or fewer"):
-        check_request(tiny_model(), request, Layout(1, 50))
+        prepare_request(tiny_model(), request, Layout(1, 50))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshdiff.errors import InputError
 from meshdiff.mesh import place
 from meshdiff.models.checkpoint import load_weights
-from meshdiff.models.layers import rope_3d
+from meshdiff.models.layers import parameter_dtype, rope_3d
 from meshdiff.models.prompts import Prompt, parse_prompt
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
 from meshdiff.models.wan import patchify, unpatchify
 from meshdiff.placements import WHOLE
 from meshdiff.request import Request
+from meshdiff.sampling import SOLVERS, Solver, flow_times
 
 __all__ = ["WEIGHTS", "DigitsModel"]
 
@@ -37,9 +38,13 @@ class DigitsModel:
     MOST_TOKENS = 288
     """Longest clip of which the same is true, frames and canvas together."""
 
+    time_unit = 1.0
+    fps = 8
+
     def __init__(self, transformer: VideoDiT) -> None:
         self.transformer = transformer
-        self.config: VideoDiTConfig = transformer.config
+        self.transformers = [transformer]
+        self.config = transformer.config
 
     @classmethod
     def load(cls, weights: Path = WEIGHTS) -> DigitsModel:
@@ -52,8 +57,20 @@ class DigitsModel:
         load_weights(transformer, weights)
         return cls(transformer.eval().requires_grad_(False))
 
-    def check(self, request: Request) -> None:
-        """Raise `InputError` for a prompt or a size that the model cannot do."""
+    def fill(self, expert: int, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        """Move parameters that have been read already."""
+        for name in names:
+            parameter = self.transformer.get_parameter(name)
+            parameter.data = parameter.data.to(device, parameter_dtype(name, dtype))
+
+    def expert(self, time: float) -> int:
+        return 0
+
+    def schedule(self, request: Request) -> tuple[list[float], Solver]:
+        return flow_times(request.steps, request.shift), SOLVERS[request.solver]()
+
+    def prepare(self, request: Request) -> Request:
+        """The request itself; raises `InputError` for a prompt or a size that the model cannot do."""
         if parse_prompt(request.prompt) == Prompt():
             raise InputError("--prompt", f"{request.prompt!r} names neither a digit nor a direction nor a speed")
         parse_prompt(request.negative_prompt, "--negative-prompt")
@@ -69,6 +86,7 @@ class DigitsModel:
             raise InputError(
                 "--frames", f"{request.frames} given; on a canvas of {canvas} this model makes {frames} at most"
             )
+        return request
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """Tokens of the clip along (frames, rows, columns)."""
@@ -76,9 +94,9 @@ class DigitsModel:
         return request.frames // t, request.height // h, request.width // w
 
     def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
-        """What the blocks read of each prompt, `[len(prompts), ...]`, whole on every rank of the weights' mesh."""
+        """The numbers of each prompt's words, int64 `[len(prompts), TEXT_LENGTH]`."""
         words = torch.tensor([parse_prompt(prompt).words() for prompt in prompts], device=mesh.device_type)
-        return self.transformer.encode_text(place(words, mesh, [WHOLE]))
+        return place(words, mesh["cp"], [WHOLE])
 
     def noise(self, request: Request) -> Tensor:
         """Initial tokens `[1, seq, patch_dim]` float32, drawn on the CPU so that they depend on the seed alone."""
@@ -90,7 +108,7 @@ class DigitsModel:
         """Position tables, one row a token."""
         return rope_3d(self.grid(request), self.config.head_dim)
 
-    def decode(self, tokens: Tensor, request: Request) -> Tensor:
+    def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh) -> Tensor:
         """Clean tokens `[1, seq, patch_dim]` to a clip `[frames, channels, height, width]` in [-1, 1]."""
         video = unpatchify(tokens.float(), self.grid(request), self.config.patch)
         return video[0].transpose(0, 1).clamp(-1, 1).contiguous()

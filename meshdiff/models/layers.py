@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from meshdiff.attention import MeshAttention
 
-
 FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm_cross")
 """Parts of parameters' names. These stay float32 in a model of lower precision, as in Wan: they decide how much
 of everything else gets through, and there are few of them."""
@@ -71,7 +70,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int, frequency_dim: int = 256) -> None:
         super().__init__()
         half = frequency_dim // 2
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float64) / half)
+        # On the CPU even where parameters are on the meta device: nothing will fill it in.
+        steps = torch.arange(half, dtype=torch.float64, device="cpu")
+        frequencies = torch.exp(-math.log(10_000) * steps / half)
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 

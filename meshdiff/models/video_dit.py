@@ -48,6 +48,11 @@ class VideoDiT(WanTransformer):
         """What cross-attention reads of prompts, once a run; `text` are numbers of words, int64 `[batch, text]`."""
         return super().encode_text(self.word_embedding(text))
 
+    @property
+    def order(self) -> tuple[list[str], list[str]]:
+        of_text, of_tokens = super().order
+        return ["word_embedding", *of_text], of_tokens
+
     def denoise(self, x: Tensor, time: Tensor, context: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The clean tokens that `x` is a noisy version of; arguments as for `forward`."""
         return super().forward(x, 1000 * time, context, rope)

@@ -81,6 +81,13 @@ class WanTransformer(nn.Module):
         )
         self.head = Head(dim, config.patch_dim, config.eps)
 
+    @property
+    def order(self) -> tuple[list[str], list[str]]:
+        """Names of the modules that hold weights, as `encode_text` needs them and as `forward` does."""
+        blocks = [f"blocks.{i}" for i in range(self.config.depth)]
+        of_text = [f"{block}.cross_attention.{part}" for block in blocks for part in ("key_value", "norm_key")]
+        return ["text_mlp", *of_text], ["time_embedding", "time_projection", "patch_embedding", *blocks, "head"]
+
     def encode_text(self, text: Tensor) -> Tensor:
         """What cross-attention reads of prompts, once a run.
 
@@ -90,7 +97,7 @@ class WanTransformer(nn.Module):
         Returns:
             Context `[batch, depth, 2, text, heads, head_dim]`: keys and values for each block.
         """
-        text = self.text_mlp(text.to(self.text_mlp[0].weight.dtype))
+        text = self.text_mlp(text.to(self.patch_embedding.weight.dtype))
         return torch.stack([block.cross_attention.project(text) for block in self.blocks], dim=1)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

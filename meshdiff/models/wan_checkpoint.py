@@ -1,0 +1,283 @@
+"""What a Wan checkpoint folder holds: configurations, and which of its tensors make which parameter.
+
+Two layouts are read. That of diffusers has `model_index.json` and a folder for
+each component; that of Wan's own repository has `config.json` beside the
+weights of the transformer (Wan2.2: in `high_noise_model` and
+`low_noise_model`), and its text encoder and VAE are pickled, so they come from
+a folder in the other layout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from meshdiff.errors import InputError
+from meshdiff.models.checkpoint import Source, WeightFiles, find_weights
+from meshdiff.models.wan import WanConfig, WanTransformer
+
+__all__ = ["Expert", "WanCheckpoint", "open_checkpoint"]
+
+CHECKPOINT, COMPONENTS = "--checkpoint", "--components"
+
+NameStyle = Literal["diffusers", "original"]
+
+BOUNDARY = 0.875
+"""Of Wan2.2-T2V-A14B, whose own layout does not store it: from this share of the noise on, the first expert."""
+
+UNIPC: dict[str, Any] = {
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "num_train_timesteps": 1000,
+    "solver_order": 2,
+    "flow_shift": 3.0,
+}
+"""Settings of `diffusers.UniPCMultistepScheduler` that Wan ships, where they are not its defaults."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A transformer in a checkpoint."""
+
+    config: WanConfig
+    weights: WeightFiles
+    sources: Mapping[str, Source]
+
+
+@dataclass(frozen=True)
+class WanCheckpoint:
+    """A checkpoint whose files are known to fit each other; no weights have been read.
+
+    Attributes:
+        folder: what was asked for.
+        experts: the transformer; of Wan2.2, the one for much noise and the one for little.
+        boundary: the time, 1 being noise, below which the last expert takes over.
+        components: the folder of text encoder, tokenizer and VAE.
+        vae: the VAE's configuration.
+        text: the text encoder's configuration.
+        scheduler: settings of diffusers' UniPC scheduler.
+    """
+
+    folder: Path
+    experts: tuple[Expert, ...]
+    boundary: float
+    components: Path
+    vae: Mapping[str, Any]
+    text: Mapping[str, Any]
+    scheduler: Mapping[str, Any] = field(default_factory=lambda: UNIPC)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels that one latent covers."""
+        space = self.vae.get("scale_factor_spatial", 8)
+        return self.vae.get("scale_factor_temporal", 4), space, space
+
+
+def open_checkpoint(name: str, components: str | None = None) -> WanCheckpoint:
+    """Find out what a folder, or a repository on the Hugging Face hub, holds.
+
+    Args:
+        name: a local folder in either layout, or a hub id such as
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", which is downloaded if it can be.
+        components: the same, for text encoder, tokenizer, VAE and scheduler; by default `name`.
+
+    Raises:
+        InputError: if anything is missing, broken, or of another model.
+    """
+    folder = local_folder(name, CHECKPOINT)
+    index = folder / "model_index.json"
+    boundary = BOUNDARY
+    if index.is_file():
+        listed = read_json(index, CHECKPOINT)
+        if listed.get("_class_name") != "WanPipeline":
+            raise InputError(CHECKPOINT, f"{folder} holds a {listed.get('_class_name')}; this takes a WanPipeline")
+        names = ["transformer", "transformer_2"] if listed.get("transformer_2", [None])[0] else ["transformer"]
+        boundary = listed.get("boundary_ratio") or BOUNDARY
+    elif (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
+        names = ["high_noise_model", "low_noise_model"]
+    elif (folder / "config.json").is_file():
+        names = ["."]
+    else:
+        raise InputError(
+            CHECKPOINT,
+            f"{folder} is no Wan checkpoint: it has neither model_index.json (diffusers' layout) nor config.json "
+            "(Wan's own)",
+        )
+    experts = tuple(open_expert(folder / name) for name in names)
+    shapes = {(expert.config.channels, expert.config.patch, expert.config.head_dim) for expert in experts}
+    if len(shapes) > 1 or len({expert.config.text_dim for expert in experts}) > 1:
+        raise InputError(CHECKPOINT, f"{folder} holds two transformers that do not read and write the same latents")
+    parts = local_folder(components, COMPONENTS) if components else folder
+    flag = COMPONENTS if components else CHECKPOINT
+    missing = [part for part in ("text_encoder", "tokenizer", "vae") if not (parts / part).is_dir()]
+    if missing:
+        raise InputError(
+            COMPONENTS,
+            f"{parts} lacks {', '.join(missing)}; name a folder in diffusers' layout that has them, for instance "
+            "from: hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --exclude 'transformer/*' --local-dir components",
+        )
+    vae, text = (read_json(parts / part / "config.json", flag) for part in ("vae", "text_encoder"))
+    fits = {"vae": ("z_dim", vae.get("z_dim", 16), experts[0].config.channels)}
+    fits["text_encoder"] = ("d_model", text.get("d_model"), experts[0].config.text_dim)
+    for part, (key, given, needed) in fits.items():
+        if given != needed:
+            raise InputError(flag, f"{parts / part / 'config.json'} has {key} {given}; the transformer needs {needed}")
+    scheduler_file = parts / "scheduler" / "scheduler_config.json"
+    scheduler = read_json(scheduler_file, flag) if scheduler_file.is_file() else UNIPC
+    return WanCheckpoint(folder, experts, float(boundary), parts, vae, text, scheduler)
+
+
+def open_expert(folder: Path) -> Expert:
+    """A transformer's folder, its weights checked against its configuration.
+
+    Raises:
+        InputError: if they do not fit, listing the tensors.
+    """
+    config, style = read_config(folder / "config.json")
+    weights = find_weights(folder, CHECKPOINT)
+    with torch.device("meta"):
+        transformer = WanTransformer(config)
+    sources = {name: source_of(name, style) for name, _ in transformer.named_parameters()}
+    weights.check(transformer, sources)
+    return Expert(config, weights, sources)
+
+
+def local_folder(name: str, flag: str) -> Path:
+    """A local folder, or what a hub id stands for, downloaded if need be.
+
+    Raises:
+        InputError: if there is neither, with the command that downloads it.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(flag, f"{name} is no folder; name one, or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    command = f"hf download {name} --local-dir {folder.name}"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise InputError(
+            flag, f"{name} is no local folder; pip install 'meshdiff[wan]', or download it: {command}"
+        ) from None
+    try:
+        # Pickled files and pictures are of no use.
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            flag, f"{name} is no local folder and cannot be downloaded ({reason}); where there is a network: {command}"
+        ) from error
+
+
+def read_json(path: Path, flag: str) -> dict[str, Any]:
+    """An object from a file."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(flag, f"{path} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(flag, f"{path} holds no JSON object")
+    return content
+
+
+def read_config(path: Path) -> tuple[WanConfig, NameStyle]:
+    """A transformer's configuration, and whose names its tensors have.
+
+    Raises:
+        InputError: if it is none of a Wan text-to-video transformer.
+    """
+    given = read_json(path, CHECKPOINT)
+
+    def wrong(problem: str) -> InputError:
+        return InputError(CHECKPOINT, f"{path}: {problem}")
+
+    def size(key: str, default: int | None = None) -> int:
+        value = given.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise wrong(f"{key} is {value!r}, needs a whole number above 0")
+        return value
+
+    name = given.get("_class_name")
+    if name not in ("WanTransformer3DModel", "WanModel"):
+        raise wrong(f"_class_name is {name!r}; this takes WanTransformer3DModel (diffusers) or WanModel (Wan's own)")
+    patch = given.get("patch_size", [1, 2, 2])
+    if not (isinstance(patch, list) and len(patch) == 3 and all(isinstance(n, int) and n > 0 for n in patch)):
+        raise wrong(f"patch_size is {patch!r}, needs three whole numbers")
+    eps = given.get("eps", 1e-6)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise wrong(f"eps is {eps!r}, needs a number between 0 and 1")
+    shared = {
+        "patch": tuple(patch),
+        "ffn_dim": size("ffn_dim"),
+        "text_dim": size("text_dim", 4096),
+        "frequency_dim": size("freq_dim", 256),
+        "depth": size("num_layers"),
+        "cross_norm": given.get("cross_attn_norm", True) is not False,
+        "eps": eps,
+    }
+    if name == "WanModel":
+        style: NameStyle = "original"
+        heads, dim, channels, out = size("num_heads"), size("dim"), size("in_dim"), size("out_dim")
+        needs_image = given.get("model_type", "t2v") not in ("t2v", "ti2v")
+    else:
+        style = "diffusers"
+        heads, channels, out = size("num_attention_heads"), size("in_channels"), size("out_channels")
+        dim = heads * size("attention_head_dim")
+        needs_image = bool(given.get("image_dim") or given.get("added_kv_proj_dim"))
+    if needs_image or channels != out:
+        raise wrong("an image-to-video transformer; this takes text-to-video ones")
+    if dim % (2 * heads) or dim // heads < 6:
+        raise wrong(f"{dim} channels on {heads} heads; heads need an even number of channels, 6 at least")
+    if shared["frequency_dim"] % 2:
+        raise wrong(f"freq_dim is {shared['frequency_dim']}, needs an even number")
+    return WanConfig(channels=channels, dim=dim, heads=heads, **shared), style
+
+
+# Parts of parameters' names: ours, diffusers', Wan's own.
+_NAMES: dict[str, tuple[str | tuple[str, ...], str | tuple[str, ...]]] = {
+    "patch_embedding": ("patch_embedding", "patch_embedding"),
+    "text_mlp.0": ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    "text_mlp.2": ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    "time_embedding.mlp.0": ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    "time_embedding.mlp.2": ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    "time_projection.1": ("condition_embedder.time_proj", "time_projection.1"),
+    "head.modulation": ("scale_shift_table", "head.modulation"),
+    "head.linear": ("proj_out", "head.head"),
+    "modulation": ("scale_shift_table", "modulation"),
+    "attention.qkv": (("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("self_attn.q", "self_attn.k", "self_attn.v")),
+    "attention.norm_query": ("attn1.norm_q", "self_attn.norm_q"),
+    "attention.norm_key": ("attn1.norm_k", "self_attn.norm_k"),
+    "attention.out": ("attn1.to_out.0", "self_attn.o"),
+    "norm_cross": ("norm2", "norm3"),
+    "cross_attention.query": ("attn2.to_q", "cross_attn.q"),
+    "cross_attention.key_value": (("attn2.to_k", "attn2.to_v"), ("cross_attn.k", "cross_attn.v")),
+    "cross_attention.norm_query": ("attn2.norm_q", "cross_attn.norm_q"),
+    "cross_attention.norm_key": ("attn2.norm_k", "cross_attn.norm_k"),
+    "cross_attention.out": ("attn2.to_out.0", "cross_attn.o"),
+    "ffn.0": ("ffn.net.0.proj", "ffn.0"),
+    "ffn.2": ("ffn.net.2", "ffn.2"),
+}
+
+
+def source_of(parameter: str, style: NameStyle) -> Source:
+    """The tensors that a parameter of `WanTransformer` is made of."""
+    match = re.match(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?$", parameter)
+    assert match is not None
+    block, part, kind = (group or "" for group in match.groups())
+    theirs = _NAMES[part][0 if style == "diffusers" else 1]
+    names = tuple(f"{block}{name}{kind}" for name in ((theirs,) if isinstance(theirs, str) else theirs))
+    return Source(names, _patches_as_tokens) if parameter == "patch_embedding.weight" else Source(names)
+
+
+def _patches_as_tokens(weight: Tensor) -> Tensor:
+    """A convolution `[dim, channels, frames, rows, columns]` as the linear layer of `patchify`'s tokens."""
+    return weight.permute(0, 2, 3, 4, 1).flatten(1)
