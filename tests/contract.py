@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from copy import deepcopy
 
 from meshdiff import Layout, Request
 from meshdiff.attention.problem import chunk_sizes
-from meshdiff.models.video_dit import VideoDiTConfig
+from meshdiff.models.wan import WanConfig
 
 FLOAT = 4  # bytes
 
@@ -96,14 +97,16 @@ def attention_bytes(batch: int, seq: int, heads: int, head_dim: int, ranks: int,
     return forward["all_to_all", "bytes"]
 
 
-def run_traffic(layout: Layout, config: VideoDiTConfig, request: Request, branches: int) -> dict:
-    """The traffic of a whole run, of the rank that sends most in each collective."""
-    seq = math.prod(
-        size // patch for size, patch in zip((request.frames, request.height, request.width), config.patch, strict=True)
-    )
+def run_traffic(
+    layout: Layout, config: WanConfig, request: Request, branches: int, seq: int | None = None
+) -> dict[str, dict[str, dict[str, int]]]:
+    """The traffic of a whole run, of the rank that sends most in each collective; of `seq` tokens, or of pixels."""
+    if seq is None:
+        sizes = (request.frames, request.height, request.width)
+        seq = math.prod(size // patch for size, patch in zip(sizes, config.patch, strict=True))
     slots = -(-branches // layout.cfg)
     shard = chunk_sizes(seq, layout.cp)[0] * config.patch_dim * FLOAT
-    traffic = {}
+    traffic: dict[str, dict[str, dict[str, int]]] = {}
     if layout.cfg > 1:
         traffic["cfg"] = {
             "all_gather": {"count": request.steps, "bytes": request.steps * slots * shard * (layout.cfg - 1)}
@@ -122,4 +125,16 @@ def run_traffic(layout: Layout, config: VideoDiTConfig, request: Request, branch
         qkv = max(3 * tokens[r] * (config.heads - heads[r]) for r in ranks)
         out = max(heads[r] * (seq - tokens[r]) for r in ranks)
         traffic["cp"]["all_to_all"]["bytes"] = unit * (qkv + out)
+    return traffic
+
+
+def of_rank(traffic: dict, layout: Layout, config: WanConfig, seq: int, steps: int, batch: int, rank: int) -> dict:
+    """What one real rank sends of the traffic of a run: exchanges and gathers of guidance depend on its own shard."""
+    traffic, place = deepcopy(traffic), rank % layout.cp
+    if layout.cp > 1:
+        own = attention_bytes(batch, seq, config.heads, config.head_dim, layout.cp, place)
+        traffic["cp"]["all_to_all"]["bytes"] = own * config.depth * steps
+    if layout.cfg > 1:
+        shard = chunk_sizes(seq, layout.cp)[place] * config.patch_dim * FLOAT
+        traffic["cfg"]["all_gather"]["bytes"] = steps * batch * shard * (layout.cfg - 1)
     return traffic

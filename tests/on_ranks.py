@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -126,11 +127,32 @@ def agreement() -> list[str]:
     return from_every_rank(heard)
 
 
+def tiles() -> dict:
+    """Every rank's decoded video and traffic, on two layouts of this world."""
+    from test_tiles import SIZE, decoded, latents  # brings diffusers, which takes seconds that no other check needs
+
+    world = dist.get_world_size()
+    return {
+        str(layout): from_every_rank(decoded(layout, latents(*SIZE)))
+        for layout in (Layout(2, world // 2), Layout(1, world))
+    }
+
+
+def wan() -> dict:
+    """Every rank's clip, traffic and counts, of both versions and of every place for weights."""
+    from tiny_wan import LEVELS, make
+
+    root, world = Path(sys.argv[2]).parent, dist.get_world_size()
+    layout = Layout(2, world // 2) if world % 2 == 0 else Layout(1, world)
+    runs = [("2.1", level) for level in LEVELS] + [("2.2", "plain"), ("2.2", "sharded")]
+    mesh = init_mesh(layout, "cpu")  # one for all runs: an equal one would send on the groups of the first
+    return {run: from_every_rank(make(root, mesh, *run)) for run in runs}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init_distributed()
-    checks = (layouts, compiled, attention, compiled_attention, checked_attention, drop_in, agreement)
-    outcome = {check.__name__: check for check in checks}[sys.argv[1]]()
+    outcome = globals()[sys.argv[1]]()
     if dist.get_rank() == 0:
         torch.save(outcome, sys.argv[2])
     dist.destroy_process_group()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cache
 from importlib import import_module
 
 import pytest
 import torch
-from contract import attention_bytes, run_traffic
+from contract import of_rank, run_traffic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
@@ -78,17 +77,8 @@ def test_real_ranks_agree_with_one_device_and_keep_the_contract(world_size, tmp_
         torch.testing.assert_close(video, on_one_device(REQUEST, branches, 6), rtol=0, atol=TOLERANCE)
         expected = run_traffic(layout, tiny_model().config, REQUEST, branches)
         for rank, traffic in enumerate(ranks):
-            check_rank_traffic(traffic, expected, layout, rank, batch=-(-branches // cfg))
-
-
-def check_rank_traffic(traffic: dict, expected: dict, layout: Layout, rank: int, batch: int):
-    """What one real rank sent: as expected, where the exchanges of attention depend on its own shard."""
-    if layout.cp > 1:
-        config = tiny_model().config
-        own = attention_bytes(batch, TOKENS, config.heads, config.head_dim, layout.cp, rank % layout.cp)
-        expected = deepcopy(expected)
-        expected["cp"]["all_to_all"]["bytes"] = own * config.depth * REQUEST.steps
-    assert traffic == expected
+            config, batch = tiny_model().config, -(-branches // cfg)
+            assert traffic == of_rank(expected, layout, config, TOKENS, REQUEST.steps, batch, rank)
 
 
 def test_compiled_blocks_give_the_same_and_send_the_same(tmp_path):
@@ -96,7 +86,7 @@ def test_compiled_blocks_give_the_same_and_send_the_same(tmp_path):
     torch.testing.assert_close(video, on_one_device(REQUEST, 2, 6), rtol=0, atol=TOLERANCE)
     expected = run_traffic(Layout(1, 3), tiny_model().config, REQUEST, 2)
     for rank, traffic in enumerate(ranks):
-        check_rank_traffic(traffic, expected, Layout(1, 3), rank, batch=2)
+        assert traffic == of_rank(expected, Layout(1, 3), tiny_model().config, TOKENS, REQUEST.steps, 2, rank)
 
 
 @pytest.mark.parametrize("broken_rank", [0, 1, 2])
