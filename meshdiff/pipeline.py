@@ -29,6 +29,8 @@ def prepare_request(model: VideoModel, request: Request, layout: Layout) -> Requ
     """The request with nothing left open; raises `InputError` if the model or the layout cannot do it."""
     request = model.prepare(request)
     tokens = math.prod(model.grid(request))
+    if tokens < 2:  # a sequence of one is no sequence to DTensor
+        raise InputError("--height", f"{request.height} x {request.width} is a single token; make the clip larger")
     if 0 in chunk_sizes(tokens, layout.cp):
         most = max(n for n in range(1, layout.cp) if 0 not in chunk_sizes(tokens, n))
         raise InputError(

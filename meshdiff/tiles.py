@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshdiff.errors import InputError
 from meshdiff.simulation import on_each_rank, unwrap
 
-__all__ = ["VideoVAE", "deal", "decode"]
+__all__ = ["VideoVAE", "check_tile", "deal", "decode"]
 
 # torch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -93,6 +93,16 @@ def decode(
     return unwrap(_blend_all(gathered, grid, dealt))
 
 
+def check_tile(ratio: int, tile: int = 256, overlap: int = 64) -> None:
+    """Raise `InputError` unless a tile of so many pixels is made of whole latents, of `ratio` pixels a side."""
+    if tile and not (0 <= overlap < tile and tile % ratio == overlap % ratio == 0):
+        raise InputError(
+            "--tile",
+            f"{tile} with an overlap of {overlap}: both must be multiples of {ratio} pixels and the overlap smaller, "
+            f"like {32 * ratio} with {8 * ratio}; 0 decodes the picture whole",
+        )
+
+
 def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
     """Which items each rank takes so that none has much more to do than another.
 
@@ -143,12 +153,7 @@ class _Grid:
 
 def _grid(vae: VideoVAE, latents: Tensor, tile: int, overlap: int) -> _Grid:
     ratio, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
-    if tile and not (0 <= overlap < tile and tile % ratio == overlap % ratio == 0):
-        raise InputError(
-            "--tile",
-            f"{tile} with an overlap of {overlap}: both must be multiples of {ratio} pixels and the overlap smaller, "
-            f"like {32 * ratio} with {8 * ratio}; 0 decodes the picture whole",
-        )
+    check_tile(ratio, tile, overlap)
     batch, _, frames, height, width = latents.shape
     size, shared = tile // ratio, overlap // ratio
     if tile == 0 or max(height, width) <= size:

@@ -123,6 +123,9 @@ def open_checkpoint(name: str, components: str | None = None) -> WanCheckpoint:
             f"{parts} lacks {', '.join(missing)}; name a folder in diffusers' layout that has them, for instance "
             "from: hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --exclude 'transformer/*' --local-dir components",
         )
+    if not any((parts / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        # transformers would make up an empty one.
+        raise InputError(flag, f"{parts / 'tokenizer'} holds neither tokenizer.json nor spiece.model")
     vae, text = (read_json(parts / part / "config.json", flag) for part in ("vae", "text_encoder"))
     fits = {"vae": ("z_dim", vae.get("z_dim", 16), experts[0].config.channels)}
     fits["text_encoder"] = ("d_model", text.get("d_model"), experts[0].config.text_dim)

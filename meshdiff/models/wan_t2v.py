@@ -33,7 +33,7 @@ from meshdiff.request import Request
 from meshdiff.sampling import SOLVERS, Solver, flow_times
 from meshdiff.simulation import outside
 from meshdiff.streaming import Storage, stream
-from meshdiff.tiles import decode
+from meshdiff.tiles import check_tile, decode
 
 __all__ = ["WanModel", "WanRequest"]
 
@@ -138,6 +138,7 @@ class WanModel:
                 near = " or ".join(str(n) for n in (below, below + unit) if n > 0)
                 rule = f"{unit} n + 1" if offset else f"multiples of {unit}"
                 raise InputError(f"--{name}", f"{size} given; this model makes {rule}, for instance {near}")
+        check_tile(self.checkpoint.strides[1], self.tile)
         shift = request.shift or (3.0 if request.height * request.width <= SMALL else 5.0)
         return replace(request, shift=shift)
 
