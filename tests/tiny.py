@@ -26,10 +26,10 @@ def combine(velocities: torch.Tensor) -> torch.Tensor:
     return sum(weight * branch for weight, branch in zip(weights, velocities.split(1), strict=True))
 
 
-def make(layout: Layout, branches: int, request: Request = REQUEST, heads: int = 6, compile: bool = False):
+def make(layout: Layout, branches: int, request: Request = REQUEST, heads: int = 6, **options: bool):
     """A clip on a mesh of that layout, and what was sent; run it inside `simulate` or on real ranks."""
     mesh = init_mesh(layout, "cpu")
-    pipeline = Pipeline(tiny_model(heads), mesh, compile=compile)
+    pipeline = Pipeline(tiny_model(heads), mesh, **options)
     with CommsCounter(mesh) as comms:
         video = pipeline.generate(request, branches=PROMPTS[:branches], combine=combine)
     return video, comms.as_dict()
