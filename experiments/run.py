@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from safetensors import SafetensorError
 
-from meshdiff.agreement import agreed, check_same, is_first_rank
+from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
 from meshdiff.launch import end_process, end_with_launcher, start_ranks
@@ -345,6 +345,13 @@ def main(arguments: list[str]) -> int:
         if is_first_rank():
             print(error, file=sys.stderr if code else sys.stdout, flush=True)
         return code
+    except (RuntimeError, MemoryError) as error:
+        explanation = explained(error)
+        if explanation is None:
+            raise
+        if first_to_fail():
+            print(explanation, file=sys.stderr, flush=True)
+        return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as stop:  # from a signal

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from meshdiff.errors import InputError
 from meshdiff.simulation import is_simulated
 
-__all__ = ["agreed", "check_same", "from_every_rank", "is_first_rank"]
+__all__ = ["agreed", "check_same", "explained", "first_to_fail", "from_every_rank", "is_first_rank"]
 
 T = TypeVar("T")
 
@@ -60,3 +61,25 @@ def check_same(flags: Mapping[str, object]) -> None:
                 raise InputError(
                     flag, f"is {value} on rank 0 and {other.get(flag)} on rank {rank}; start every rank with the same"
                 )
+
+
+def first_to_fail() -> bool:
+    """Whether no other rank has failed before: the first knows why, the others only miss it. No collective."""
+    if not dist.is_initialized() or is_simulated():
+        return True
+    return dist.distributed_c10d._get_default_store().add("meshdiff/failed", 1) == 1
+
+
+def explained(error: BaseException) -> InputError | None:
+    """What one rank alone ran into that is no fault of the program, in one line; None for anything else."""
+    rank = f"rank {dist.get_rank()}" if dist.is_initialized() and not is_simulated() else "this process"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
+        return InputError(
+            "out of memory",
+            f"on {rank} ({reason}); more ranks with --cp divide activations, --shard-weights divides weights, "
+            "--low-memory 1 to 3 moves weights to host memory, a smaller clip needs less of everything",
+        )
+    if isinstance(error, dist.DistError) or "gloo" in reason:
+        return InputError("lost ranks", f"{rank} waited for another that did not come ({reason})")
+    return None

@@ -145,6 +145,17 @@ def test_bad_input_ends_every_rank(flags, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_rank_that_runs_out_of_memory_ends_all_with_one_line(tmp_path):
+    program = str(Path(__file__).with_name("one_rank_fails.py"))
+    process = torchrun(2, program, *SMALL, "--cp", "2", "--out", str(tmp_path / "run"), timeout=90)
+    assert process.returncode != 0
+    said = [line for line in process.stderr.splitlines() if "out of memory" in line or "lost ranks" in line]
+    assert len(said) == 1
+    assert said[0].startswith("out of memory: on rank 1 (CUDA out of memory. Tried to allocate 20.00 GiB.); more ranks")
+    assert "[rank" not in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ranks_started_with_different_flags_stop_at_once(tmp_path):
     def start(rank: int, *flags: str) -> subprocess.Popen:
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from contract import of_rank
 from make_tiny_wan import Config, write
 from ranks import run_on_ranks
 from tiny_wan import LEVELS, REQUEST, TOKENS, by_diffusers, checkpoint, make, request, traffic
 
-from meshdiff import InputError, Layout, init_mesh, simulate
+from meshdiff import InputError, Layout, explain_strategy, init_mesh, place, simulate
+from meshdiff.mesh import replicate_module
 from meshdiff.models import WanModel, WanRequest
 from meshdiff.models.layers import rope_3d
-from meshdiff.models.wan import WanTransformer, patchify, unpatchify
+from meshdiff.models.wan import WanConfig, WanTransformer, patchify, unpatchify
 from meshdiff.pipeline import prepare_request
+from meshdiff.placements import POSITIONS, SEQUENCE, WHOLE
+from meshdiff.simulation import rank_values, unwrap
 
 CPU = torch.device("cpu")
 
@@ -152,3 +157,44 @@ def test_shift_follows_the_resolution(root):
     assert model.prepare(WanRequest(height=720, width=1280, shift=8.0)).shift == 8.0
     assert model.grid(WanRequest()) == (21, 30, 52)
     assert model.grid(WanRequest(height=720, width=1280)) == (21, 45, 80)
+
+
+def by_key_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Stands in for a kernel, for which 75,600 tokens take minutes: the query has no say in what is seen."""
+    return attend_to_block(query, key, value)[0]
+
+
+def attend_to_block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args) -> tuple:
+    logits = key.sum(-1, keepdim=True)  # [batch, heads, keys, 1]
+    seen = (logits.softmax(2) * value).sum(2, keepdim=True)
+    return seen + 0.1 * query, logits.logsumexp((2, 3))[..., None].expand(query.shape[:3])
+
+
+@pytest.mark.parametrize(("height", "width", "tokens"), [(480, 832, 32_760), (720, 1280, 75_600)])
+@pytest.mark.parametrize(("cp", "strategy"), [(4, "ulysses"), (8, "hybrid")])
+def test_real_geometries_are_divided_rightly_and_evenly(root, monkeypatch, height, width, tokens, cp, strategy):
+    """81 frames are 21 latent frames, which 4 and 8 ranks do not divide, and 8 ranks do not divide 12 heads."""
+    model = WanModel.open(str(checkpoint(root) / "diffusers"))
+    grid = model.grid(WanRequest(height=height, width=width))
+    assert grid[0] == 21
+    assert math.prod(grid) == tokens
+    monkeypatch.setattr(F, "scaled_dot_product_attention", by_key_alone)
+    monkeypatch.setattr("meshdiff.attention.ring.attend_block", attend_to_block)
+    torch.manual_seed(0)
+    config = WanConfig(dim=72, heads=12, depth=1, ffn_dim=32, text_dim=16)
+    transformer = WanTransformer(config).requires_grad_(False)
+    x, text, time = torch.randn(1, tokens, config.patch_dim), torch.randn(1, 8, 16), torch.tensor([700.0])
+    rope = rope_3d(grid, config.head_dim)
+    expected = transformer(x, time, transformer.encode_text(text), rope)
+    with simulate(cp):
+        mesh = init_mesh(Layout(1, cp), "cpu")["cp"]
+        replicate_module(transformer, mesh)
+        context = transformer.encode_text(place(text, mesh, [WHOLE]))
+        tables = tuple(place(table, mesh, [POSITIONS]) for table in rope)
+        tokens_of_ranks = place(x, mesh, [SEQUENCE])
+        query = place(torch.empty(1, tokens, 12, 6), mesh, [SEQUENCE])
+        assert explain_strategy(query, query, query).strategy == strategy
+        shards = {len(shard[0]) for shard in rank_values(tokens_of_ranks.to_local())}
+        assert max(shards) - min(shards) <= 1
+        velocity = unwrap(transformer(tokens_of_ranks, place(time, mesh, [WHOLE]), context, tables).full_tensor())
+    assert (velocity - expected).norm() / expected.norm() < 1e-5

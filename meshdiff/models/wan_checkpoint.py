@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from meshdiff.models.wan import WanConfig, WanTransformer
 __all__ = ["Expert", "WanCheckpoint", "open_checkpoint"]
 
 CHECKPOINT, COMPONENTS = "--checkpoint", "--components"
+PARTS = ("text_encoder/*", "tokenizer/*", "vae/*", "scheduler/*")
+"""What `--components` is for."""
 
 NameStyle = Literal["diffusers", "original"]
 
@@ -91,7 +93,7 @@ def open_checkpoint(name: str, components: str | None = None) -> WanCheckpoint:
     Raises:
         InputError: if anything is missing, broken, or of another model.
     """
-    folder = local_folder(name, CHECKPOINT)
+    folder = local_folder(name, CHECKPOINT, ("*",))
     index = folder / "model_index.json"
     boundary = BOUNDARY
     if index.is_file():
@@ -114,7 +116,7 @@ def open_checkpoint(name: str, components: str | None = None) -> WanCheckpoint:
     shapes = {(expert.config.channels, expert.config.patch, expert.config.head_dim) for expert in experts}
     if len(shapes) > 1 or len({expert.config.text_dim for expert in experts}) > 1:
         raise InputError(CHECKPOINT, f"{folder} holds two transformers that do not read and write the same latents")
-    parts = local_folder(components, COMPONENTS) if components else folder
+    parts = local_folder(components, COMPONENTS, PARTS) if components else folder
     flag = COMPONENTS if components else CHECKPOINT
     missing = [part for part in ("text_encoder", "tokenizer", "vae") if not (parts / part).is_dir()]
     if missing:
@@ -152,8 +154,8 @@ def open_expert(folder: Path) -> Expert:
     return Expert(config, weights, sources)
 
 
-def local_folder(name: str, flag: str) -> Path:
-    """A local folder, or what a hub id stands for, downloaded if need be.
+def local_folder(name: str, flag: str, parts: Sequence[str]) -> Path:
+    """A local folder, or what a hub id stands for, of which those parts are downloaded if need be.
 
     Raises:
         InputError: if there is neither, with the command that downloads it.
@@ -173,7 +175,8 @@ def local_folder(name: str, flag: str) -> Path:
         ) from None
     try:
         # Pickled files and pictures are of no use.
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        kinds = ("json", "safetensors", "txt", "model")
+        return Path(snapshot_download(name, allow_patterns=[f"{part}.{kind}" for part in parts for kind in kinds]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
