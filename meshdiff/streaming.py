@@ -8,7 +8,6 @@ meanwhile, and let go right after. The bits are the same, wherever they lie.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,15 +98,16 @@ class Streamed(nn.Module):
         self.following: tuple[Streamed, ...] = ()  # in a tuple, which is no submodule
         self._storage = storage
         self._places = list(places)
-        parameters = [getattr(owner, name) for owner, name in self._places]
         self._layout, total = [], 0
-        for parameter in parameters:
+        for owner, name in self._places:
+            parameter = getattr(owner, name)
             self._layout.append((total, parameter.nbytes, parameter.shape, parameter.dtype))
             total += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
-        self._stored = _store(_packed(parameters, self._layout, total), storage)
+        buffer = self._packed(total)
+        self._leave()  # before more memory is taken
+        self._stored = _store(buffer, storage)
         self._coming: Tensor | None = None
         self._side_stream = torch.cuda.Stream(storage.device) if storage.device.type == "cuda" else None
-        self._leave()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -143,6 +143,17 @@ class Streamed(nn.Module):
         finally:
             self._leave()
 
+    def _packed(self, total: int) -> Tensor:
+        """All parameters in one buffer of bytes, whose equal parts end where a number of any dtype does."""
+        divided = self._storage.divided
+        unit = ALIGNMENT * (1 if divided is None else divided.size())
+        first = getattr(*self._places[0])
+        buffer = torch.zeros(-(-total // unit) * unit, dtype=torch.uint8, device=first.device)
+        for (owner, name), (start, nbytes, _, _) in zip(self._places, self._layout, strict=True):
+            parameter = getattr(owner, name).detach().contiguous()
+            buffer[start : start + nbytes] = parameter.view(-1).view(torch.uint8)
+        return buffer
+
     def _arrive(self, buffer: Tensor) -> None:
         for (owner, name), (start, nbytes, shape, dtype) in zip(self._places, self._layout, strict=True):
             value = buffer[start : start + nbytes].view(dtype).view(shape)
@@ -156,23 +167,11 @@ class Streamed(nn.Module):
             owner._parameters[name] = nn.Parameter(nothing, requires_grad=False)
 
 
-def _packed(parameters: list[Tensor], layout: list[tuple], total: int) -> Tensor:
-    """All of them in one buffer of bytes."""
-    buffer = torch.zeros(total, dtype=torch.uint8, device=parameters[0].device)
-    for parameter, (start, nbytes, _, _) in zip(parameters, layout, strict=True):
-        buffer[start : start + nbytes] = parameter.detach().contiguous().view(-1).view(torch.uint8)
-    return buffer
-
-
 def _store(buffer: Tensor, storage: Storage) -> Tensor:
     """What this rank keeps of a buffer."""
-    if storage.divided is not None:
-        # Equal parts, whose bounds are those of any dtype's numbers.
-        unit = ALIGNMENT * storage.divided.size()
-        buffer = nn.functional.pad(buffer, (0, math.ceil(len(buffer) / unit) * unit - len(buffer)))
+    shard = buffer
+    if storage.divided is not None and storage.divided.size() > 1:
         shard = place(buffer, storage.divided, [PARTS]).to_local().clone()
-    else:
-        shard = buffer
     if storage.on_host:
         shard = shard.cpu()
         if storage.device.type == "cuda":

@@ -131,12 +131,14 @@ class WanModel:
             raise TypeError(f"WanModel takes a WanRequest, not a {type(request).__name__}")
         if len(self.transformers) == 1 and request.guidance_scale_2 is not None:
             raise InputError("--guidance-scale-2", "this checkpoint has one transformer; Wan2.2's have two")
-        for name, unit, offset in zip(("frames", "height", "width"), self._units, (1, 0, 0), strict=True):
+        # The first latent frame is one frame, each other covers as many as the stride says.
+        offsets = (self._units[0] - self.checkpoint.strides[0] + 1, 0, 0)
+        for name, unit, offset in zip(("frames", "height", "width"), self._units, offsets, strict=True):
             size = getattr(request, name)
             if (size - offset) % unit:
                 below = (size - offset) // unit * unit + offset
                 near = " or ".join(str(n) for n in (below, below + unit) if n > 0)
-                rule = f"{unit} n + 1" if offset else f"multiples of {unit}"
+                rule = f"{unit} n + {offset}" if offset else f"multiples of {unit}"
                 raise InputError(f"--{name}", f"{size} given; this model makes {rule}, for instance {near}")
         check_tile(self.checkpoint.strides[1], self.tile)
         shift = request.shift or (3.0 if request.height * request.width <= SMALL else 5.0)
