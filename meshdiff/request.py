@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
 from meshdiff.errors import InputError
 
 __all__ = ["Request"]
+
+
+MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise InputError("--prompt", 'is empty; try --prompt "a 7 moving left"')
+        for name in ("prompt", "negative_prompt"):
+            broken = [c for c in getattr(self, name) if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r"]
+            if broken:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(flag, f"holds {broken[0]!r}, which is a control character or half of one")
+        if self.steps > MOST_STEPS:
+            raise InputError("--steps", f"{self.steps} given, needs {MOST_STEPS} at most")
         for name in ("frames", "height", "width", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name}", f"{getattr(self, name)} given, needs at least 1")

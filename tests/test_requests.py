@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshdiff import Request
+from meshdiff.models import WanRequest
+from meshdiff.requests import LONGEST_NAME, read_requests
+
+BASE = Request(steps=2, seed=5)
+
+
+def test_prompts_and_objects_become_requests():
+    text = (
+        "a 7 moving left\n\n" + json.dumps({"prompt": "a 3", "seed": 9, "guidance_scale": 2, "name": "three"}) + "\r\n"
+    )
+    first, second = read_requests(text, BASE)
+    assert (first.line, first.name, first.error) == (1, "0001-a-7-moving-left", None)
+    assert first.request == Request("a 7 moving left", steps=2, seed=5)
+    assert (second.line, second.name) == (3, "three")
+    assert second.request == Request("a 3", steps=2, seed=9, guidance_scale=2)
+
+
+def test_fields_are_those_of_the_model():
+    (entry,) = read_requests('{"guidance_scale_2": null, "shift": 5, "solver": "unipc"}', WanRequest())
+    assert entry.request == WanRequest(shift=5)
+    (entry,) = read_requests("猫\u3000在草地上 \U0001f408", WanRequest())
+    assert entry.request == WanRequest("猫\u3000在草地上 \U0001f408")
+    (entry,) = read_requests('{"solver": "unipc"}', BASE)
+    assert entry.error == "solver: 'unipc' given, needs one of euler, ab2"
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("{", "line: starts as a JSON object but is none"),
+        ('{"steps": 2} x', "line: starts as a JSON object but is none"),
+        ('{"stepz": 2}', "line: unknown field 'stepz'; known: name, prompt, negative_prompt, frames"),
+        ('{"steps": "2"}', "steps: '2' given, needs a whole number"),
+        ('{"steps": 2.5}', "steps: 2.5 given, needs a whole number"),
+        ('{"steps": true}', "steps: True given, needs a whole number"),
+        ('{"steps": 1e30}', "steps: 1e+30 given, needs a whole number"),
+        ('{"steps": 1000000000}', "--steps: 1000000000 given, needs 100000 at most"),
+        ('{"steps": 0}', "--steps: 0 given, needs at least 1"),
+        ('{"guidance_scale": NaN}', "--guidance-scale: nan given"),
+        ('{"prompt": null}', "prompt: None given, needs text"),
+        ('{"prompt": ""}', "--prompt: is empty"),
+        ('{"prompt": "\\ud800"}', "--prompt: "),
+        ("a 7\0", "--prompt: "),
+        ('{"name": "../x"}', "name: '../x' given; a name is a folder's"),
+        ('{"name": ".hidden"}', "name: "),
+        ('{"name": ""}', "name: "),
+        ('{"name": 3}', "name: "),
+        (json.dumps({"name": "x" * 101}), "name: "),
+    ],
+)
+def test_bad_lines_say_why_and_leave_the_others_alone(line, error):
+    bad, good = read_requests(f"{line}\na 5", BASE)
+    assert bad.request is None
+    assert bad.error.startswith(error)
+    assert "\n" not in bad.error
+    assert good.request == Request("a 5", steps=2, seed=5)
+
+
+def test_two_lines_of_one_name_are_one_folder_too_few():
+    one, other = read_requests('{"name": "A"}\n{"name": "a"}', BASE)
+    assert one.error is None
+    assert other.error == "name: 'a' is the name of line 1 as well"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+keys = st.sampled_from(
+    ["prompt", "negative_prompt", "seed", "frames", "steps", "guidance_scale", "name", "solver", "x"]
+)
+objects = st.dictionaries(keys, values, max_size=4).map(json.dumps)
+lines = objects | st.text(max_size=30) | objects.map(lambda line: line[:-1]) | st.sampled_from(["{" * 5000, "[1]", '"'])
+
+
+@given(st.lists(lines, max_size=6).map("\n".join))
+def test_any_list_is_read(text):
+    entries = read_requests(text, BASE)
+    names = [entry.name.casefold() for entry in entries if entry.request]
+    assert len(set(names)) == len(names)
+    for entry in entries:
+        assert (entry.request is None) != (entry.error is None)
+        assert "\n" not in (entry.error or "")
+        assert 0 < len(entry.name.encode()) <= LONGEST_NAME
+        assert not {"/", "\0"} & set(entry.name)
+        assert not entry.name.startswith(".")
