@@ -27,6 +27,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 
 from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank
@@ -81,7 +82,8 @@ class Config:
     """0: everything on the device. 1: decoded tiles are put together in host memory. 2: the text encoder, too, comes
     from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""
     tile: int = 256
-    """Wan: pixels a side of the tiles that the ranks decode; 0 decodes the clip whole, on every rank."""
+    """Wan: pixels a side of the tiles that the ranks decode, a quarter of which overlaps; 0 decodes the clip whole, on
+    every rank."""
     out: Path | None = None
     """Folder to write; runs/<time>-<layout> by default."""
     overwrite: bool = False
@@ -267,13 +269,14 @@ def log_wandb(run, metrics: RunMetrics, folder: Path) -> None:
 
 def summary(metrics: RunMetrics, out: Path) -> Table:
     """What a person wants to know at the end."""
-    table = Table(show_header=False, title=metrics.prompt, title_style="bold")
+    table = Table(show_header=False, title=Text(metrics.prompt), title_style="bold")
     layout = ", ".join(f"{name} {size}" for name, size in metrics.layout.items() if name != "dp")
     played = " (simulated)" if metrics.simulated else ""
     ordered = sorted(metrics.seconds_per_step)
     table.add_row("layout", f"{layout}: {metrics.world_size} rank{'s' * (metrics.world_size > 1)}{played}")
     table.add_row("device", f"{metrics.device}, {metrics.threads_per_rank} threads a rank, {metrics.dtype}")
     table.add_row("time", f"{metrics.seconds_total:.2f} s, median step {ordered[len(ordered) // 2] * 1000:.0f} ms")
+    table.add_row("", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in metrics.seconds_by_stage.items()))
     table.add_row("memory", f"peak {max(metrics.peak_memory_bytes) / 2**20:.0f} MiB a rank")
     for dim, collectives in metrics.comms.items():
         for name, traffic in collectives.items():
@@ -311,7 +314,11 @@ def run(config: Config, layout: Layout) -> None:
             video, metrics = generate(config, layout, model, request, progress)
         with agreed():
             if not video.isfinite().all():
-                raise InputError(f"--dtype {config.dtype}", "the clip is not made of numbers; try --dtype float32")
+                raise InputError(
+                    f"--dtype {str(config.torch_dtype).removeprefix('torch.')}",
+                    "the clip is not made of finite numbers; float32 is the safest, and if it is that, a file of "
+                    "weights is damaged",
+                )
             if is_first_rank():
                 write(video, model.fps, metrics, wandb_run, folder)
                 stack.close()  # the folder takes its name

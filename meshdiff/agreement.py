@@ -75,10 +75,11 @@ def explained(error: BaseException) -> InputError | None:
     rank = f"rank {dist.get_rank()}" if dist.is_initialized() and not is_simulated() else "this process"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
+        to_host = "--low-memory 1 to 3 moves weights to host memory, " * torch.cuda.is_available()
         return InputError(
             "out of memory",
             f"on {rank} ({reason}); more ranks with --cp divide activations, --shard-weights divides weights, "
-            "--low-memory 1 to 3 moves weights to host memory, a smaller clip needs less of everything",
+            f"{to_host}a smaller clip needs less of everything",
         )
     if isinstance(error, dist.DistError) or "gloo" in reason:
         return InputError("lost ranks", f"{rank} waited for another that did not come ({reason})")

@@ -77,7 +77,7 @@ def test_weights_are_checked(tmp_path):
         load_weights(module, tmp_path / ("x" * 300))
     damaged = tmp_path / "damaged.safetensors"
     save_file({"weight": torch.full((3, 2), float("nan")), "bias": torch.zeros(3)}, damaged)
-    with pytest.raises(InputError, match="is damaged: weight not made of finite numbers"):
+    with pytest.raises(InputError, match=r"weight in .* not made of finite numbers"):
         load_weights(module, damaged)
     other = tmp_path / "other.safetensors"
     save_file({"weight": torch.ones(4, 2), "scale": torch.ones(1)}, other)

@@ -60,7 +60,8 @@ def pickle_only(folder: Path) -> None:
     (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")
 
 
-CONFIG = "transformer/config.json"
+CONFIG, INDEX = "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors.index.json"
+VAE, SCHEDULER = "vae/config.json", "scheduler/scheduler_config.json"
 BROKEN = {
     "no index": (remove("model_index.json"), "--checkpoint: .* is no Wan checkpoint: it has neither model_index.json"),
     "another pipeline": (edit_json("model_index.json", _class_name="FluxPipeline"), "holds a FluxPipeline; this takes"),
@@ -77,6 +78,29 @@ BROKEN = {
         edit_json(CONFIG, num_layers=3),
         r"tensors missing: blocks.2.* and \d+ more",
     ),
+    "far too many layers": (edit_json(CONFIG, num_layers=10**6), r"num_layers is 1000000; the weights are \d+ tensors"),
+    "a number too large": (edit_json(CONFIG, ffn_dim=10**30), "ffn_dim is 10+, needs a whole number"),
+    "deep JSON": (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "config.json cannot be read as JSON"),
+    "a boundary of 875": (edit_json("model_index.json", boundary_ratio=875), "boundary_ratio is 875, needs a number"),
+    "an index of nothing": (edit_json(INDEX, weight_map={}), "is no index of safetensors files"),
+    "an index of null": (edit_json(INDEX, weight_map={"x": None}), "is no index of safetensors files"),
+    "an index elsewhere": (edit_json(INDEX, weight_map={"x": "../../x.safetensors"}), "it has to name files beside it"),
+    "8-bit weights": (
+        edit_tensors(TRANSFORMER, lambda t: t.update({"proj_out.weight": t["proj_out.weight"].to(torch.int8)})),
+        "of a kind that is no floating-point number: proj_out.weight I8",
+    ),
+    "another kind of diffusion": (
+        edit_json(SCHEDULER, prediction_type="epsilon"),
+        "is 'epsilon'; Wan's is 'flow",
+    ),
+    "no flow": (edit_json(SCHEDULER, use_flow_sigmas=False), "use_flow_sigmas is False; Wan's is True"),
+    "no mean": (edit_json(VAE, latents_mean=None), "latents_mean is None, needs 16 numbers"),
+    "one deviation": (edit_json(VAE, latents_std=[1.0]), r"latents_std is \[1.0\], needs 16 numbers"),
+    "no deviation": (edit_json(VAE, latents_std=[0.0] * 16), "latents_std is .*, needs numbers above 0"),
+    "another stride": (edit_json(VAE, scale_factor_spatial="8"), "scale_factor_spatial is '8', needs 8, which is what"),
+    "another rate": (edit_json(VAE, scale_factor_temporal=2), "scale_factor_temporal is 2, needs 4"),
+    "a patch of 2": (edit_json(VAE, patch_size=2), "patch_size is 2, needs a whole number whose square divides"),
+    "a deep encoder": (edit_json("text_encoder/config.json", num_layers=10**6), "num_layers is 1000000; the weights"),
     "fewer layers": (edit_json(CONFIG, num_layers=1), r"tensors unexpected: blocks.1.* and \d+ more"),
     "wider layers": (edit_json(CONFIG, ffn_dim=65), r"of another shape: blocks.0.*ffn.* \[64\] instead of \[65\]"),
     "a tensor too few": (edit_tensors(TRANSFORMER, lambda t: t.pop("proj_out.bias")), "tensors missing: proj_out.bias"),
@@ -112,15 +136,27 @@ SMALL = WanRequest(frames=1, height=16, width=32, steps=1)
 BROKEN_LATER = {
     "an encoder's tensor": (
         edit_tensors("text_encoder/model.safetensors", lambda t: t.pop("encoder.final_layer_norm.weight")),
-        "--components: .*text_encoder does not fit its configuration; tensors missing: encoder.final_layer_norm",
+        "--checkpoint: .*text_encoder does not fit its configuration; tensors missing: encoder.final_layer_norm",
     ),
     "a VAE's tensor": (
         edit_tensors("vae/diffusion_pytorch_model.safetensors", lambda t: t.pop("decoder.conv_in.bias")),
-        "--components: .*vae does not fit its configuration; tensors missing: decoder.conv_in.bias",
+        "--checkpoint: .*vae does not fit its configuration; tensors missing: decoder.conv_in.bias",
+    ),
+    "a number that is none": (
+        edit_tensors(TRANSFORMER, lambda t: t["proj_out.bias"].fill_(torch.nan)),
+        "--checkpoint: proj_out.bias in .*transformer not made of finite numbers",
+    ),
+    "a solver that is none": (
+        edit_json(SCHEDULER, solver_type="bogus"),
+        "--checkpoint: .*scheduler cannot be read .*bogus",
+    ),
+    "no padding": (
+        edit_json("tokenizer/tokenizer_config.json", pad_token=None),
+        "--checkpoint: .*tokenizer cannot be read",
     ),
     "a broken tokenizer": (
         lambda folder: (folder / "tokenizer/tokenizer.json").write_text("{}"),
-        "--components: .*tokenizer cannot be read",
+        "--checkpoint: .*tokenizer cannot be read",
     ),
 }
 

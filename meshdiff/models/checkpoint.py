@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,7 +53,7 @@ class WeightFiles:
     def __init__(self, paths: Iterable[Path], flag: str) -> None:
         self.flag = flag
         self.paths = list(paths)
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in self.paths:
             try:
                 if not path.is_file():
@@ -60,6 +61,9 @@ class WeightFiles:
                 file = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise InputError(flag, f"{path} cannot be read as safetensors ({error})") from error
+            twice = sorted(self._files.keys() & file.keys())
+            if twice:
+                raise InputError(flag, f"{path} holds {twice[0]}, as another file beside it does")
             self._files.update(dict.fromkeys(file.keys(), file))
 
     @property
@@ -73,6 +77,11 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         """A view of the file."""
         return self._files[name].get_tensor(name)
+
+    def _no_numbers(self, names: Iterable[str]) -> list[str]:
+        """Those that are quantized, say: their scales would be lost."""
+        dtypes = {name: self._files[name].get_slice(name).get_dtype() for name in names if name in self._files}
+        return [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")]
 
     def check(self, module: nn.Module, sources: Mapping[str, Source]) -> None:
         """Raise one `InputError` that lists what `module` lacks, does not know, or holds in another shape."""
@@ -91,11 +100,12 @@ class WeightFiles:
                 ("missing", sorted(set(needed) - self.names)),
                 ("unexpected", sorted(self.names - set(needed))),
                 ("of another shape", sorted(misshaped)),
+                ("of a kind that is no floating-point number", sorted(self._no_numbers(needed))),
             )
             if names
         ]
         if problems:
-            where = self.paths[0] if len(self.paths) == 1 else f"{self.paths[0].parent}"
+            where = self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
             raise InputError(self.flag, f"{where} does not fit this model; tensors {'; '.join(problems)}")
 
 
@@ -115,10 +125,7 @@ def find_weights(folder: Path, flag: str, stem: str = "diffusion_pytorch_model")
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise InputError(flag, f"{index} is no index of safetensors files ({error})") from error
+        shards = _shards(index, flag)
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise InputError(flag, f"{folder} lacks {', '.join(missing)}, which its index lists; copy the folder again")
@@ -131,6 +138,17 @@ def find_weights(folder: Path, flag: str, stem: str = "diffusion_pytorch_model")
             flag, f"{folder} holds {pickled[0]}, which would have to be unpickled; only safetensors files are read"
         )
     raise InputError(flag, f"{folder} holds neither {single.name} nor {index.name}")
+
+
+def _shards(index: Path, flag: str) -> list[str]:
+    """The files that an index names, all of them beside it."""
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if not shards or any(Path(shard).name != shard or len(shard) > 255 for shard in shards):
+            raise ValueError("it has to name files beside it")
+        return sorted(shards)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise InputError(flag, f"{index} is no index of safetensors files ({error})") from error
 
 
 @torch.no_grad()
@@ -151,6 +169,9 @@ def fill(
         sources: of each parameter, by its name in `module`.
         device: where the parameters go.
         dtype: of a parameter, by its name.
+
+    Raises:
+        InputError: for a tensor that is not made of finite numbers.
     """
     for name in names:
         parameter = module.get_parameter(name)
@@ -160,6 +181,10 @@ def fill(
         rows = [weights.shape(part)[0] for part in parts] if len(parts) > 1 else [len(value)]
         for place, part in zip(value.split(rows), parts, strict=True):
             place.copy_(sources[name].convert(weights.read(part)))
+        if not value.isfinite().all():
+            raise InputError(
+                weights.flag, f"{', '.join(parts)} in {weights.paths[0].parent} not made of finite numbers"
+            )
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
@@ -174,12 +199,5 @@ def load_weights(module: nn.Module, path: Path, flag: str = "--weights") -> None
     weights = WeightFiles([path], flag)
     sources = {name: Source((name,)) for name in module.state_dict()}
     weights.check(module, sources)
-    broken = [
-        name
-        for name in sorted(weights.names)
-        if not ((tensor := weights.read(name)).is_floating_point() and tensor.isfinite().all())
-    ]
-    if broken:
-        raise InputError(flag, f"{path} is damaged: {', '.join(broken[:4])} not made of finite numbers")
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     fill(module, dtypes, weights, sources, "cpu", dtypes.__getitem__)

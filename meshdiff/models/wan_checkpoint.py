@@ -10,6 +10,7 @@ a folder in the other layout.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ PARTS = ("text_encoder/*", "tokenizer/*", "vae/*", "scheduler/*")
 """What `--components` is for."""
 
 NameStyle = Literal["diffusers", "original"]
+
+LARGEST = 10**7
+"""No dim of a model is larger; numbers beyond it are mistakes that torch cannot even refuse."""
 
 BOUNDARY = 0.875
 """Of Wan2.2-T2V-A14B, whose own layout does not store it: from this share of the noise on, the first expert."""
@@ -62,6 +66,7 @@ class WanCheckpoint:
         experts: the transformer; of Wan2.2, the one for much noise and the one for little.
         boundary: the time, 1 being noise, below which the last expert takes over.
         components: the folder of text encoder, tokenizer and VAE.
+        flag: the flag that named it.
         vae: the VAE's configuration.
         text: the text encoder's configuration.
         scheduler: settings of diffusers' UniPC scheduler.
@@ -71,6 +76,7 @@ class WanCheckpoint:
     experts: tuple[Expert, ...]
     boundary: float
     components: Path
+    flag: str
     vae: Mapping[str, Any]
     text: Mapping[str, Any]
     scheduler: Mapping[str, Any] = field(default_factory=lambda: UNIPC)
@@ -100,8 +106,11 @@ def open_checkpoint(name: str, components: str | None = None) -> WanCheckpoint:
         listed = read_json(index, CHECKPOINT)
         if listed.get("_class_name") != "WanPipeline":
             raise InputError(CHECKPOINT, f"{folder} holds a {listed.get('_class_name')}; this takes a WanPipeline")
-        names = ["transformer", "transformer_2"] if listed.get("transformer_2", [None])[0] else ["transformer"]
-        boundary = listed.get("boundary_ratio") or BOUNDARY
+        second = listed.get("transformer_2")
+        names = ["transformer", "transformer_2"] if isinstance(second, list) and any(second) else ["transformer"]
+        boundary = BOUNDARY if listed.get("boundary_ratio") is None else listed["boundary_ratio"]
+        if not (_is_number(boundary) and 0 < boundary < 1):
+            raise InputError(CHECKPOINT, f"{index}: boundary_ratio is {boundary!r}, needs a number between 0 and 1")
     elif (folder / "high_noise_model").is_dir() or (folder / "low_noise_model").is_dir():
         names = ["high_noise_model", "low_noise_model"]
     elif (folder / "config.json").is_file():
@@ -129,14 +138,18 @@ def open_checkpoint(name: str, components: str | None = None) -> WanCheckpoint:
         # transformers would make up an empty one.
         raise InputError(flag, f"{parts / 'tokenizer'} holds neither tokenizer.json nor spiece.model")
     vae, text = (read_json(parts / part / "config.json", flag) for part in ("vae", "text_encoder"))
+    # Broken files are better found before an hour of sampling than after it.
+    find_weights(parts / "vae", flag)
+    _check_depth(parts / "text_encoder" / "config.json", text, find_weights(parts / "text_encoder", flag, "model"))
     fits = {"vae": ("z_dim", vae.get("z_dim", 16), experts[0].config.channels)}
     fits["text_encoder"] = ("d_model", text.get("d_model"), experts[0].config.text_dim)
     for part, (key, given, needed) in fits.items():
         if given != needed:
             raise InputError(flag, f"{parts / part / 'config.json'} has {key} {given}; the transformer needs {needed}")
+    _check_vae(parts / "vae" / "config.json", vae, flag)
     scheduler_file = parts / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(scheduler_file, flag) if scheduler_file.is_file() else UNIPC
-    return WanCheckpoint(folder, experts, float(boundary), parts, vae, text, scheduler)
+    scheduler = read_scheduler(scheduler_file, flag) if scheduler_file.is_file() else UNIPC
+    return WanCheckpoint(folder, experts, float(boundary), parts, flag, vae, text, scheduler)
 
 
 def open_expert(folder: Path) -> Expert:
@@ -147,6 +160,7 @@ def open_expert(folder: Path) -> Expert:
     """
     config, style = read_config(folder / "config.json")
     weights = find_weights(folder, CHECKPOINT)
+    _check_depth(folder / "config.json", {"num_layers": config.depth}, weights)
     with torch.device("meta"):
         transformer = WanTransformer(config)
     sources = {name: source_of(name, style) for name, _ in transformer.named_parameters()}
@@ -188,11 +202,67 @@ def read_json(path: Path, flag: str) -> dict[str, Any]:
     """An object from a file."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(flag, f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(flag, f"{path} holds no JSON object")
     return content
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < LARGEST
+
+
+def _check_depth(path: Path, config: Mapping[str, Any], weights: WeightFiles) -> None:
+    """A model of a billion layers takes hours to be made, if only to find that there are no weights for it."""
+    depth = config.get("num_layers")
+    if not _is_size(depth) or depth > len(weights.names):
+        raise InputError(weights.flag, f"{path}: num_layers is {depth!r}; the weights are {len(weights.names)} tensors")
+
+
+def _check_vae(path: Path, config: Mapping[str, Any], flag: str) -> None:
+    """What is needed of a VAE after sampling, and how it must fit its own decoder."""
+
+    def wrong(key: str, needed: str) -> InputError:
+        return InputError(flag, f"{path}: {key} is {config.get(key)!r}, needs {needed}")
+
+    levels, halves = config.get("dim_mult", [1, 2, 4, 4]), config.get("temperal_downsample", [False, True, True])
+    for key, value in (("dim_mult", levels), ("temperal_downsample", halves)):
+        if not isinstance(value, list) or not 0 < len(value) < 10:
+            raise wrong(key, "a list of a few")
+    patch, channels = config.get("patch_size"), config.get("z_dim", 16)
+    if patch is not None and not (_is_size(patch) and config.get("out_channels", 3) % patch**2 == 0):
+        raise wrong("patch_size", "a whole number whose square divides out_channels, or null")
+    strides = {"scale_factor_spatial": 2 ** (len(levels) - 1) * (patch or 1), "scale_factor_temporal": 2 ** sum(halves)}
+    for key, stride in strides.items():
+        default = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}[key]
+        if config.get(key, default) != stride:
+            raise wrong(key, f"{stride}, which is what its decoder makes")
+    for key in ("latents_mean", "latents_std"):
+        values = config.get(key)
+        if not (isinstance(values, list) and len(values) == channels and all(map(_is_number, values))):
+            raise wrong(key, f"{channels} numbers")
+    if min(config["latents_std"]) <= 0:
+        raise wrong("latents_std", "numbers above 0")
+
+
+def read_scheduler(path: Path, flag: str) -> dict[str, Any]:
+    """Settings for UniPC; those of another scheduler say nothing about it, and it takes Wan's.
+
+    Raises:
+        InputError: if they are of another kind of diffusion than Wan's.
+    """
+    settings = read_json(path, flag)
+    if settings.get("_class_name") != "UniPCMultistepScheduler":
+        return dict(UNIPC)
+    for key in ("prediction_type", "use_flow_sigmas", "num_train_timesteps"):
+        if settings.get(key) != UNIPC[key]:
+            raise InputError(flag, f"{path}: {key} is {settings.get(key)!r}; Wan's is {UNIPC[key]!r}")
+    return settings
 
 
 def read_config(path: Path) -> tuple[WanConfig, NameStyle]:
@@ -207,8 +277,8 @@ def read_config(path: Path) -> tuple[WanConfig, NameStyle]:
         return InputError(CHECKPOINT, f"{path}: {problem}")
 
     def size(key: str, default: int | None = None) -> int:
-        value = given.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        value: Any = given.get(key, default)
+        if not _is_size(value):
             raise wrong(f"{key} is {value!r}, needs a whole number above 0")
         return value
 
@@ -216,7 +286,7 @@ def read_config(path: Path) -> tuple[WanConfig, NameStyle]:
     if name not in ("WanTransformer3DModel", "WanModel"):
         raise wrong(f"_class_name is {name!r}; this takes WanTransformer3DModel (diffusers) or WanModel (Wan's own)")
     patch = given.get("patch_size", [1, 2, 2])
-    if not (isinstance(patch, list) and len(patch) == 3 and all(isinstance(n, int) and n > 0 for n in patch)):
+    if not (isinstance(patch, list) and len(patch) == 3 and all(map(_is_size, patch))):
         raise wrong(f"patch_size is {patch!r}, needs three whole numbers")
     eps = given.get("eps", 1e-6)
     if not isinstance(eps, float) or not 0 < eps < 1:

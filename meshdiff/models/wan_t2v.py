@@ -24,10 +24,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshdiff.agreement import agreed, is_first_rank
 from meshdiff.errors import InputError
 from meshdiff.mesh import from_first_rank, on_mesh
-from meshdiff.models.checkpoint import fill, find_weights
+from meshdiff.models.checkpoint import fill
 from meshdiff.models.layers import parameter_dtype, rope_3d
 from meshdiff.models.wan import WanTransformer, patchify, unpatchify
-from meshdiff.models.wan_checkpoint import COMPONENTS, WanCheckpoint, open_checkpoint
+from meshdiff.models.wan_checkpoint import WanCheckpoint, open_checkpoint
 from meshdiff.placements import WHOLE
 from meshdiff.request import Request
 from meshdiff.sampling import SOLVERS, Solver, flow_times
@@ -78,14 +78,12 @@ class WanModel:
 
     Args:
         checkpoint: what `open_checkpoint` found.
-        tile: the VAE decodes tiles of so many pixels a side, divided between
-            the ranks; 0 decodes the clip whole, on each rank.
+        tile: the VAE decodes tiles of so many pixels a side, a quarter of which
+            overlaps, divided between the ranks; 0 decodes the clip whole, on each rank.
         offload_text: the text encoder lies in host memory and comes to the
             device a layer at a time.
         tiles_on_host: decoded tiles are put together in host memory.
 
-    Raises:
-        InputError: if files of the components are missing or broken.
     """
 
     time_unit = 1000.0
@@ -97,9 +95,6 @@ class WanModel:
         self.checkpoint, self.tile = checkpoint, tile
         self.offload_text, self.tiles_on_host = offload_text, tiles_on_host
         self.config = checkpoint.experts[0].config
-        # Broken files are better found before an hour of sampling than after it.
-        find_weights(checkpoint.components / "text_encoder", COMPONENTS, "model")
-        find_weights(checkpoint.components / "vae", COMPONENTS)
         with torch.device("meta"):
             self.transformers = [
                 WanTransformer(expert.config).eval().requires_grad_(False) for expert in checkpoint.experts
@@ -140,9 +135,16 @@ class WanModel:
                 near = " or ".join(str(n) for n in (below, below + unit) if n > 0)
                 rule = f"{unit} n + {offset}" if offset else f"multiples of {unit}"
                 raise InputError(f"--{name}", f"{size} given; this model makes {rule}, for instance {near}")
-        check_tile(self.checkpoint.strides[1], self.tile)
+        check_tile(self.checkpoint.strides[1], self.tile, self._overlap)
+        if request.solver not in SOLVERS:
+            UniPC(self.checkpoint, 1, 1.0)  # settings that it refuses are better refused now
         shift = request.shift or (3.0 if request.height * request.width <= SMALL else 5.0)
         return replace(request, shift=shift)
+
+    @property
+    def _overlap(self) -> int:
+        stride = self.checkpoint.strides[1]
+        return self.tile // 4 // stride * stride
 
     @property
     def _units(self) -> list[int]:
@@ -172,7 +174,7 @@ class WanModel:
         assert request.shift is not None
         if request.solver in SOLVERS:
             return flow_times(request.steps, request.shift), SOLVERS[request.solver]()
-        solver = UniPC(self.checkpoint.scheduler, request.steps, request.shift)
+        solver = UniPC(self.checkpoint, request.steps, request.shift)
         return solver.times, solver
 
     def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
@@ -183,20 +185,19 @@ class WanModel:
         text = None
         with agreed(), outside():
             if is_first_rank():
-                text = encode_text(
-                    self.checkpoint.components, prompts, torch.device(mesh.device_type), self.dtype, self.offload_text
-                )
+                device = torch.device(mesh.device_type)
+                text = encode_text(self.checkpoint, prompts, device, self.dtype, self.offload_text)
         shape = (len(prompts), TEXT_LENGTH, self.config.text_dim)
         return on_mesh(from_first_rank(text, shape, self.dtype, mesh), mesh["cp"], [WHOLE], shape)
 
     def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh) -> Tensor:
         with agreed(), outside():
-            vae = load_vae(self.checkpoint.components).to(mesh.device_type)
+            vae = load_vae(self.checkpoint).to(mesh.device_type)
         latents = unpatchify(tokens.float(), self.grid(request), self.config.patch)
         mean, deviation = (
             latents.new_tensor(self.checkpoint.vae[key])[:, None, None, None] for key in ("latents_mean", "latents_std")
         )
-        video = decode(vae, latents * deviation + mean, mesh, tile=self.tile, on_host=self.tiles_on_host)
+        video = decode(vae, latents * deviation + mean, mesh, self.tile, self._overlap, on_host=self.tiles_on_host)
         return video[0].transpose(0, 1).float().contiguous()
 
 
@@ -207,15 +208,19 @@ class UniPC:
     Sampling of Diffusion Models", arXiv:2302.04867.
 
     Args:
-        settings: of `diffusers.UniPCMultistepScheduler`.
+        checkpoint: has settings of `diffusers.UniPCMultistepScheduler`.
         steps: sampling steps.
         shift: time shift.
+
+    Raises:
+        InputError: if the settings cannot be.
     """
 
-    def __init__(self, settings: Mapping[str, Any], steps: int, shift: float) -> None:
-        diffusers = _import("diffusers")
-        self.scheduler = diffusers.UniPCMultistepScheduler.from_config({**settings, "flow_shift": shift})
-        self.scheduler.set_timesteps(steps)
+    def __init__(self, checkpoint: WanCheckpoint, steps: int, shift: float) -> None:
+        settings, diffusers = {**checkpoint.scheduler, "flow_shift": shift}, _import("diffusers")
+        with _reading(checkpoint, "scheduler"):
+            self.scheduler = diffusers.UniPCMultistepScheduler.from_config(settings)
+            self.scheduler.set_timesteps(steps)
         self.step_index = 0
 
     @property
@@ -230,7 +235,7 @@ class UniPC:
 
 
 def encode_text(
-    components: Path, prompts: Sequence[str], device: torch.device, dtype: torch.dtype, offload: bool
+    checkpoint: WanCheckpoint, prompts: Sequence[str], device: torch.device, dtype: torch.dtype, offload: bool
 ) -> Tensor:
     """UMT5's last hidden states `[len(prompts), TEXT_LENGTH, text_dim]`, zeros after the end of a prompt.
 
@@ -238,26 +243,25 @@ def encode_text(
         InputError: if tokenizer or text encoder cannot be read.
     """
     transformers = _import("transformers")
-    with _reading(components / "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(components / "tokenizer", local_files_only=True)
-    folder = components / "text_encoder"
-    with _reading(folder):
+    with _reading(checkpoint, "tokenizer") as folder:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        words = tokenizer(
+            [clean_prompt(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=TEXT_LENGTH,
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+    with _reading(checkpoint, "text_encoder") as folder:
         encoder, loaded = transformers.UMT5EncoderModel.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    _check_loaded(folder, loaded)
+    _check_loaded(checkpoint, "text_encoder", loaded)
     encoder.eval().requires_grad_(False)
     if offload:
         _offload_layers(encoder.encoder, device)
     else:
         encoder.to(device)
-    words = tokenizer(
-        [clean_prompt(prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=TEXT_LENGTH,
-        truncation=True,
-        return_tensors="pt",
-    ).to(device)
     states = encoder(words.input_ids, words.attention_mask).last_hidden_state
     return states * words.attention_mask.unsqueeze(-1).to(states.dtype)
 
@@ -277,22 +281,22 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-def load_vae(components: Path) -> nn.Module:
+def load_vae(checkpoint: WanCheckpoint) -> nn.Module:
     """diffusers' VAE, in float32, as Wan runs it.
 
     Raises:
         InputError: if it cannot be read.
     """
-    diffusers, folder = _import("diffusers"), components / "vae"
-    with _reading(folder):
+    diffusers = _import("diffusers")
+    with _reading(checkpoint, "vae") as folder:
         vae, loaded = diffusers.AutoencoderKLWan.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    _check_loaded(folder, loaded)
+    _check_loaded(checkpoint, "vae", loaded)
     return vae.eval().requires_grad_(False)
 
 
-def _check_loaded(folder: Path, loaded: Mapping[str, Any]) -> None:
+def _check_loaded(checkpoint: WanCheckpoint, part: str, loaded: Mapping[str, Any]) -> None:
     """What a library fills with random numbers, or leaves out, is an error here."""
     problems = [
         f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, loaded[kind]))[:4])}"
@@ -300,19 +304,21 @@ def _check_loaded(folder: Path, loaded: Mapping[str, Any]) -> None:
         if loaded.get(kind)
     ]
     if problems:
-        raise InputError(COMPONENTS, f"{folder} does not fit its configuration; tensors {'; '.join(problems)}")
+        folder = checkpoint.components / part
+        raise InputError(checkpoint.flag, f"{folder} does not fit its configuration; tensors {'; '.join(problems)}")
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Whatever a library says of a folder that it cannot read, in one line."""
+def _reading(checkpoint: WanCheckpoint, part: str) -> Iterator[Path]:
+    """The folder of a component; whatever a library says of one that it cannot read becomes one line."""
+    folder = checkpoint.components / part
     try:
-        yield
-    except MemoryError:
+        yield folder
+    except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(COMPONENTS, f"{folder} cannot be read ({reason})") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(checkpoint.flag, f"{folder} cannot be read ({reason})") from error
 
 
 def _import(name: str) -> ModuleType:
