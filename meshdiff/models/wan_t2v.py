@@ -181,8 +181,8 @@ class WanModel:
         One rank loads the text encoder, lets it go, and tells the others.
         """
         text = None
-        with agreed(), outside():
-            if is_first_rank():
+        with agreed(mesh), outside():
+            if is_first_rank(mesh):
                 text = encode_text(
                     self.checkpoint.components, prompts, torch.device(mesh.device_type), self.dtype, self.offload_text
                 )
@@ -190,7 +190,7 @@ class WanModel:
         return on_mesh(from_first_rank(text, shape, self.dtype, mesh), mesh["cp"], [WHOLE], shape)
 
     def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh) -> Tensor:
-        with agreed(), outside():
+        with agreed(mesh), outside():
             vae = load_vae(self.checkpoint.components).to(mesh.device_type)
         latents = unpatchify(tokens.float(), self.grid(request), self.config.patch)
         mean, deviation = (
