@@ -17,14 +17,13 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.agreement import agreed, from_every_rank, is_first_rank
-from meshdiff.batch import Counter, Record, fresh, resume, take_turns
+from meshdiff.batch import RESULTS, Counter, Record, fresh, resume, take_turns
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
 from meshdiff.media import write_video
-from meshdiff.mesh import Layout, init_mesh, replica
+from meshdiff.mesh import Layout, init_mesh
 from meshdiff.metrics import RunMetrics, Timer, collect
 from meshdiff.models import VideoModel
 from meshdiff.output import COMPLETE, output_folder
@@ -67,7 +66,7 @@ def generate(
 
     with CommsCounter(pipeline.mesh) as comms:
         video = pipeline.generate(request, on_step=step, on_stage=stage)
-    metrics = collect(request, layout, timer, comms, config.described(), pipeline.mesh)
+    metrics = collect(pipeline, request, layout, timer, comms, config.described())
     if not video.isfinite().all():
         raise InputError(f"--dtype {config.dtype}", "the clip is not made of numbers; try --dtype float32")
     return video, metrics
@@ -205,40 +204,123 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
     out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
     with agreed():
         model = config.open_model()
-        ready, failed = prepared(model, layout, entries)
+        ready, refused = prepared(model, layout, entries)
         left: list[Entry] = []
         if is_first_rank():
-            if not (config.resume and out.is_dir()):
-                fresh(out)
-            left = resume(out, ready)
-            for record in failed:
-                record.append(out)
+            left = begin_list(out, config.resume, ready, refused)
             console.print(f"{layout}: {layout.reason(len(entries))}")
             if len(left) < len(ready):
                 console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
     left = from_every_rank(left)[0]
-    begin = time.perf_counter()
-    own = 0
+    start, failures = time.perf_counter(), Counter("failures")
     with started(config, layout, model) as pipeline, progress_bar(console) as progress:
-        together = Together(progress, pipeline.mesh, len(left), sum(ready[entry].steps for entry in left))
-        first = is_first_rank(replica(pipeline.mesh))
-        wandb_run = start_wandb(config, layout, out, group=out.name) if first and left else None
-        for item in take_turns(pipeline.mesh, len(left), Counter("next")):
-            entry = left[item]
-            try:
-                make_entry(config, layout, pipeline, entry, ready[entry], out, wandb_run, together)
-            except InputError as error:
-                own += 1
-                if first:
-                    Record(entry.line, entry.name, "failed", str(error), replica=together.replica).append(out)
-            together.finished_one()
+        first = is_first_rank(pipeline.mesh)
+        together = Together(progress, first, len(left), sum(ready[entry].steps for entry in left))
+        with wandb_of_list(config, layout, out, first and bool(left)) as wandb_run:
+            for item in take_turns(pipeline.mesh, len(left), Counter("next")):
+                entry = left[item]
+                try:
+                    make_entry(config, layout, pipeline, entry, ready[entry], out, wandb_run, together.on_step)
+                except InputError as error:
+                    if first:
+                        failures.add(1)
+                        Record(entry.line, entry.name, "failed", str(error), replica=pipeline.replica).append(out)
+                together.finished_one()
         together.wait()
-        if wandb_run is not None:
-            wandb_run.finish()
-    bad = len(failed) + Counter("failed").add(own if first else 0) if left else len(failed)
-    from_every_rank(None)
-    bad = len(failed) + Counter("failed").add(0) if left else len(failed)
+    failed = len(refused) + failures.add(0)
     if is_first_rank():
-        seconds = time.perf_counter() - begin
-        console.print(f"{len(left)} clips in {seconds:.1f} s, {bad} failed; {out}/results.jsonl has a line for each")
-    return 1 if bad else 0
+        seconds = time.perf_counter() - start
+        console.print(f"{len(left)} requests in {seconds:.1f} s; {failed} of {len(entries)} failed: {out / RESULTS}")
+    return 1 if failed else 0
+
+
+def prepared(model: VideoModel, layout: Layout, entries: list[Entry]) -> tuple[dict[Entry, Request], list[Record]]:
+    """The requests that can be done, with nothing left open, and a record of each that cannot."""
+    ready, refused = {}, []
+    for entry in entries:
+        try:
+            if entry.request is None:
+                raise InputError("line", entry.error or "")
+            ready[entry] = prepare_request(model, entry.request, layout)
+        except InputError as error:
+            refused.append(Record(entry.line, entry.name, "failed", entry.error or str(error)))
+    return ready, refused
+
+
+def begin_list(out: Path, go_on: bool, ready: dict[Entry, Request], refused: list[Record]) -> list[Entry]:
+    """Make the folder of a list, or put it right; returns what is to do."""
+    if not (go_on and out.is_dir()):
+        fresh(out)
+    left = resume(out, ready)
+    for record in refused:
+        record.append(out)
+    return left
+
+
+@contextlib.contextmanager
+def wandb_of_list(config: Config, layout: Layout, out: Path, wanted: bool) -> Iterator[Any]:
+    """A W&B run for the clips of a replica, those of a list in one group; or None."""
+    run = start_wandb(config, layout, out, group=out.name) if wanted else None
+    yield run
+    if run is not None:
+        run.finish()
+
+
+def make_entry(
+    config: Config,
+    layout: Layout,
+    pipeline: Pipeline,
+    entry: Entry,
+    request: Request,
+    out: Path,
+    wandb_run: Any,
+    on_step: Callable[[int], None],
+) -> None:
+    """Generate and write one clip of a list; every rank of a replica comes by here.
+
+    Raises:
+        InputError: on all of them, if it cannot be done.
+    """
+    first = is_first_rank(pipeline.mesh)
+    with contextlib.ExitStack() as stack:
+        folder = Path()
+        with agreed(pipeline.mesh):
+            if first:
+                folder = stack.enter_context(output_folder(out / entry.name))
+        video, metrics = generate(config, layout, pipeline, request, lambda stage: None, on_step)
+        with agreed(pipeline.mesh):
+            if first:
+                write(video, pipeline.model.fps, metrics, wandb_run, folder)
+                stack.close()
+    if first:
+        Record(entry.line, entry.name, "ok", seconds=metrics.seconds_total, replica=pipeline.replica).append(out)
+
+
+class Together:
+    """One bar for what all replicas do; they tell of it through counters, so that none waits for another."""
+
+    def __init__(self, progress: Progress, first: bool, requests: int, steps: int) -> None:
+        self.progress, self.first, self.requests = progress, first, requests
+        self.task = progress.add_task("", total=steps)
+        self.steps, self.done = Counter("steps"), Counter("done")
+        self._show(0)
+
+    def on_step(self, step: int) -> None:
+        if self.first:
+            self._show(self.steps.add(1))
+
+    def finished_one(self) -> None:
+        if self.first:
+            self.done.add(1)
+            self._show(self.steps.add(0))
+
+    def wait(self) -> None:
+        """Until every request has been done, or has failed; replicas may take much longer than any time-out."""
+        while self.done.add(0) < self.requests:
+            time.sleep(0.1)
+            self._show(self.steps.add(0))
+        self._show(self.steps.add(0))
+
+    def _show(self, steps: int) -> None:
+        description = f"{self.done.add(0)} of {self.requests} requests"
+        self.progress.update(self.task, completed=steps, description=description)

@@ -13,35 +13,25 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from safetensors import SafetensorError
+from clips import make_clip, make_clips, read_list
 
 from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank
-from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
 from meshdiff.launch import end_process, end_with_launcher, start_ranks
-from meshdiff.media import write_video
-from meshdiff.mesh import Layout, check_gpus, init_distributed, init_mesh, launched_world_size, torchrun_command
-from meshdiff.metrics import RunMetrics, Timer, collect
+from meshdiff.mesh import Layout, check_gpus, init_distributed, launched_world_size, torchrun_command
 from meshdiff.models import DigitsModel, VideoModel, WanModel, WanRequest
 from meshdiff.models.digits import WEIGHTS
-from meshdiff.output import COMPLETE, output_folder
-from meshdiff.pipeline import Pipeline, prepare_request
+from meshdiff.pipeline import prepare_request
 from meshdiff.request import Request
-from meshdiff.simulation import simulate
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _check_same_request(entry: Entry, request: Request, metrics: Mapping[str, An
         if metrics.get(key) != value:
             raise InputError(
                 "--resume",
-                f"{entry.name} was made with {key} {metrics.get(key)!r} and is asked for with {value!r} now; use another "
+                f"{entry.name} was made with {key} {metrics.get(key)!r}, and now {value!r} is asked for; name another "
                 "--out, or remove that folder",
             )
 

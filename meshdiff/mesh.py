@@ -37,12 +37,12 @@ __all__ = [
     "launched_world_size",
     "on_mesh",
     "place",
+    "ranks_of_replica",
     "replica",
     "replicate_buffers",
     "replicate_module",
     "ring_of_groups",
     "torchrun_command",
-    "world_of",
 ]
 
 DP, CFG, CP = "dp", "cfg", "cp"
@@ -302,9 +302,17 @@ def from_first_rank(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dt
     return place(tensor, mesh, [Replicate()] * mesh.ndim)
 
 
-def world_of(mesh: DeviceMesh) -> DeviceMesh:
-    """All ranks of a mesh in a row; every rank must call it: it may start a process group."""
-    return init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("world",))
+def ranks_of_replica(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of this rank's replica in a row; every rank must call it: it may start process groups.
+
+    Not by `mesh._flatten()`, after which uneven shards of that mesh are gathered wrongly (torch 2.13).
+    """
+    of_one = replica(mesh).size()
+    if mesh.size() == of_one:
+        return init_device_mesh(mesh.device_type, (of_one,), mesh_dim_names=("replica",))
+    return init_device_mesh(mesh.device_type, (mesh.size() // of_one, of_one), mesh_dim_names=(DP, "replica"))[
+        "replica"
+    ]
 
 
 def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
