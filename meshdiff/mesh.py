@@ -137,10 +137,10 @@ class Layout:
         cls(cfg=1 if cfg is None else cfg, cp=1 if cp is None else cp, dp=1 if dp is None else dp)
         if dp is None:
             dp = _replicas(world_size, requests, cfg, cp)
-        if cfg is None and cp is None and world_size % dp == 0:
-            return cls._of_replica(world_size, branches > 1, dp)
-        ranks = world_size // dp  # of a replica
-        if world_size == 1:
+        ranks = max(1, world_size // dp)  # of a replica
+        if cfg is None and cp is None:
+            layout = cls._of_replica(ranks * dp, branches > 1, dp)
+        elif world_size == 1:
             layout = cls(cfg=cfg or 1, cp=cp or 1, dp=dp)
         else:
             layout = cls(cfg=cfg or max(1, ranks // (cp or 1)), cp=cp or max(1, ranks // (cfg or 1)), dp=dp)
