@@ -13,36 +13,25 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import signal
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
-from safetensors import SafetensorError
+from clips import make_clip, make_clips, read_list
 
 from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank
-from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
 from meshdiff.launch import end_process, end_with_launcher, start_ranks
-from meshdiff.media import write_video
-from meshdiff.mesh import Layout, check_gpus, init_distributed, init_mesh, launched_world_size, torchrun_command
-from meshdiff.metrics import RunMetrics, Timer, collect
+from meshdiff.mesh import Layout, check_gpus, init_distributed, launched_world_size, torchrun_command
 from meshdiff.models import DigitsModel, VideoModel, WanModel, WanRequest
 from meshdiff.models.digits import WEIGHTS
-from meshdiff.output import COMPLETE, output_folder
-from meshdiff.pipeline import Pipeline, prepare_request
+from meshdiff.pipeline import prepare_request
 from meshdiff.request import Request
-from meshdiff.simulation import simulate
 
 
 @dataclass(frozen=True)
@@ -52,8 +41,16 @@ class Config:
     model: Literal["digits", "wan"] = "digits"
     """The embedded model, or Wan text-to-video from --checkpoint; --model wan --help shows Wan's own defaults."""
     request: tyro.conf.OmitArgPrefixes[Request] = field(default_factory=Request)
+    prompts: str | None = None
+    """A list of requests: a prompt a line, or a JSON object a line with any of the request options (with _ for -) and
+    a name; - reads it from standard input. The flags are what a line leaves out."""
+    resume: bool = False
+    """Go on with the list of --prompts in --out: what is complete there is not done again."""
     cp: int | None = None
     """Context parallelism: ranks that share the sequence. By default what --cfg leaves of the world."""
+    dp: int | None = None
+    """Data parallelism: replicas of --cp x --cfg ranks that take the requests of --prompts in turn. By default as many
+    as the requests keep busy."""
     cfg: int | None = None
     """Guidance parallelism: ranks that share the guidance branches. By default 2 if the world is
     even and guidance is on."""
@@ -109,6 +106,11 @@ class Config:
         fast = self.model == "wan" and self.device_type == "cuda"
         return getattr(torch, ("bfloat16" if fast else "float32") if self.dtype == "auto" else self.dtype)
 
+    @property
+    def branches(self) -> int:
+        """Of the request that the flags describe; a list may hold others, which are done all the same."""
+        return len(self.request.branches)
+
     def described(self) -> dict[str, object]:
         """What `RunMetrics` says of these flags."""
         return {
@@ -145,6 +147,12 @@ class Config:
         for flag, of in (("weights", "digits"), ("checkpoint", "wan"), ("components", "wan")):
             if getattr(self, flag) is not None and self.model != of:
                 raise InputError(f"--{flag}", f"is for --model {of}; this is --model {self.model}")
+        if self.resume and (self.prompts is None or self.out is None):
+            raise InputError("--resume", "goes on with a list: name it with --prompts, and its folder with --out")
+        if self.overwrite and self.prompts is not None:
+            raise InputError("--overwrite", "is for a single clip; with --prompts, name another --out or add --resume")
+        if self.dp is not None and self.dp > 1 and self.prompts is None:
+            raise InputError("--dp", "divides the requests of --prompts; one request has nothing to divide")
         if self.simulate and self.compile:
             raise InputError("--compile", "does not work with --simulate; leave one of them out")
         if self.simulate and launched_world_size() > 1:
@@ -192,140 +200,6 @@ class HelpAsked(ParseError):
     exit_code = 0
 
 
-def generate(
-    config: Config, layout: Layout, model: VideoModel, request: Request, progress: Progress
-) -> tuple[torch.Tensor, RunMetrics]:
-    """The run itself, the same on every layout."""
-    with simulate(layout.world_size) if config.simulate else contextlib.nullcontext():
-        mesh = init_mesh(layout, config.device_type)
-        task = progress.add_task("loading weights", total=request.steps)
-        pipeline = Pipeline(
-            model,
-            mesh,
-            dtype=config.torch_dtype,
-            compile=config.compile,
-            shard_weights=config.shard_weights,
-            offload=config.low_memory >= 3,
-        )
-        timer = Timer(config.device_type)
-
-        def on_stage(stage: str) -> None:
-            timer.on_stage(stage)
-            progress.update(task, description=stage)
-
-        def on_step(step: int) -> None:
-            timer.on_step(step)
-            progress.advance(task)
-
-        with CommsCounter(mesh) as comms:
-            video = pipeline.generate(request, on_step=on_step, on_stage=on_stage)
-        metrics = collect(request, layout, timer, comms, config.described())
-    return video, metrics
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar over sampling steps that names the stage, on rank 0 only."""
-    columns = (
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, disable=not is_first_rank())
-
-
-def start_wandb(config: Config, layout: Layout, folder: Path):
-    """A W&B run in `folder`, or None."""
-    if config.wandb == "disabled":
-        return None
-    import wandb
-
-    try:
-        return wandb.init(
-            project=config.wandb_project,
-            mode=config.wandb,
-            dir=folder,
-            name=str(layout),
-            config={**{k.lstrip("-"): str(v) for k, v in config.flags().items()}, "layout": dataclasses.asdict(layout)},
-            settings=wandb.Settings(silent=True, console="off", init_timeout=20),
-        )
-    except (wandb.errors.Error, OSError) as error:
-        reason = str(error).splitlines()[0]
-        flags = f"--wandb {config.wandb} --wandb-project {config.wandb_project}"
-        raise InputError(flags, f"{reason}; --wandb offline needs no account, --wandb disabled logs nothing") from error
-
-
-def log_wandb(run, metrics: RunMetrics, folder: Path) -> None:
-    """Every scalar, the time of each step, and the clip."""
-    import wandb
-
-    for step, seconds in enumerate(metrics.seconds_per_step):
-        run.log({"seconds_per_step": seconds}, step=step)
-    run.log({"video": wandb.Video(str(folder / "video.mp4"), format="mp4")})
-    run.summary.update(metrics.as_dict())
-    run.finish()
-
-
-def summary(metrics: RunMetrics, out: Path) -> Table:
-    """What a person wants to know at the end."""
-    table = Table(show_header=False, title=Text(metrics.prompt), title_style="bold")
-    layout = ", ".join(f"{name} {size}" for name, size in metrics.layout.items() if name != "dp")
-    played = " (simulated)" if metrics.simulated else ""
-    ordered = sorted(metrics.seconds_per_step)
-    table.add_row("layout", f"{layout}: {metrics.world_size} rank{'s' * (metrics.world_size > 1)}{played}")
-    table.add_row("device", f"{metrics.device}, {metrics.threads_per_rank} threads a rank, {metrics.dtype}")
-    table.add_row("time", f"{metrics.seconds_total:.2f} s, median step {ordered[len(ordered) // 2] * 1000:.0f} ms")
-    table.add_row("", ", ".join(f"{name} {seconds:.2f} s" for name, seconds in metrics.seconds_by_stage.items()))
-    table.add_row("memory", f"peak {max(metrics.peak_memory_bytes) / 2**20:.0f} MiB a rank")
-    for dim, collectives in metrics.comms.items():
-        for name, traffic in collectives.items():
-            sent = f"{traffic['count']} x {name}, {traffic['bytes'] / 2**20:.2f} MiB sent by a rank"
-            table.add_row(f"{dim} traffic", sent)
-    table.add_row("written", str(out))
-    return table
-
-
-def write(video: torch.Tensor, fps: int, metrics: RunMetrics, wandb_run, folder: Path) -> None:
-    """All files of a run; the one that says it is complete comes last."""
-    try:
-        write_video(video, folder, fps)
-        if wandb_run is not None:
-            log_wandb(wandb_run, metrics, folder)
-        (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        raise InputError("--out", f"cannot be written ({error})") from error
-
-
-def run(config: Config, layout: Layout) -> None:
-    """Generate and write; every rank comes by here, rank 0 alone talks and writes."""
-    console = Console()
-    out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
-    with contextlib.ExitStack() as stack:
-        with agreed():
-            model = config.open_model()
-            request = prepare_request(model, config.request, layout)
-        folder, wandb_run = Path(), None
-        with agreed():
-            if is_first_rank():
-                folder = stack.enter_context(output_folder(out, config.overwrite))
-                wandb_run = start_wandb(config, layout, folder)
-        with progress_bar(console) as progress:
-            video, metrics = generate(config, layout, model, request, progress)
-        with agreed():
-            if not video.isfinite().all():
-                raise InputError(
-                    f"--dtype {str(config.torch_dtype).removeprefix('torch.')}",
-                    "the clip is not made of finite numbers; float32 is the safest, and if it is that, a file of "
-                    "weights is damaged",
-                )
-            if is_first_rank():
-                write(video, model.fps, metrics, wandb_run, folder)
-                stack.close()  # the folder takes its name
-    if is_first_rank():
-        console.print(summary(metrics, out))
-
-
 def main(arguments: list[str]) -> int:
     """Parse, agree with the other ranks, start more of them if need be, run; returns the exit code."""
     try:
@@ -337,16 +211,24 @@ def main(arguments: list[str]) -> int:
         check_same(config.flags())
         torch.set_num_threads(config.threads)
         with agreed():
-            layout = Layout.resolve(world, len(config.request.branches), config.cfg, config.cp)
+            entries = None if config.prompts is None else read_list(config, is_first_rank())
+            requests = 1 if entries is None else max(1, len(entries))
+            layout = Layout.resolve(world, config.branches, config.cfg, config.cp, config.dp, requests)
+            if config.simulate and layout.dp > 1:
+                raise InputError("--dp", "replicas do different things, which one process cannot play; leave out --dp")
         if world == 1 and layout.world_size > 1 and not config.simulate:
-            prepare_request(config.open_model(), config.request, layout)
+            if entries is None:
+                prepare_request(config.open_model(), config.request, layout)
             if config.device_type == "cuda":
                 check_gpus(layout.world_size)
             print(
                 f"starting {layout.world_size} ranks on this machine, as would: {torchrun_command(layout)}", flush=True
             )
             return start_ranks(layout.world_size, os.path.abspath(__file__), arguments)
-        run(config, layout)
+        if entries is None:
+            make_clip(config, layout)
+        else:
+            return make_clips(config, layout, entries)
     except InputError as error:
         code = getattr(error, "exit_code", 2)
         if is_first_rank():

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshdiff.guidance import classifier_free, divide_branches, run_branches
-from meshdiff.mesh import place, replicate_buffers, replicate_module, world_of
+from meshdiff.mesh import place, ranks_of_replica, replicate_buffers, replicate_module
 from meshdiff.models.layers import parameter_dtype, rope_3d
 from meshdiff.models.wan import WanConfig, WanTransformer, patchify
 from meshdiff.models.wan_checkpoint import source_of
@@ -226,7 +226,7 @@ class Ours:
                 setattr(transformer.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
 
         if divided:
-            storage = Storage(torch.device(self.mesh.device_type), cp, world_of(self.mesh))
+            storage = Storage(torch.device(self.mesh.device_type), cp, ranks_of_replica(self.mesh))
             stream(transformer, transformer.order, load, storage)
             replicate_buffers(transformer, cp)
         else:

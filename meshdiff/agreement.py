@@ -4,45 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.errors import InputError
 from meshdiff.simulation import is_simulated
 
-__all__ = ["agreed", "check_same", "explained", "first_to_fail", "from_every_rank", "is_first_rank"]
+__all__ = ["agreed", "check_same", "explained", "first_to_fail", "from_every_rank", "is_first_rank", "store"]
 
 T = TypeVar("T")
 
 
-def is_first_rank() -> bool:
-    """Whether this rank does the talking and the writing."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+def is_first_rank(mesh: DeviceMesh | None = None) -> bool:
+    """Whether this rank does the talking and the writing, of a mesh or of the world."""
+    if not dist.is_initialized() or is_simulated():
+        return True
+    return dist.get_rank() == 0 if mesh is None else not any(mesh.get_coordinate() or ())
 
 
-def from_every_rank(value: T) -> list[T]:
-    """Every rank's `value`, in the order of ranks, on every rank; a collective."""
+def from_every_rank(value: T, mesh: DeviceMesh | None = None) -> list[T]:
+    """The `value` of every rank, of a mesh or of the world, in the order of ranks, on every rank; a collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulated():
         return [value]
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value]
+    groups = [None] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    for group in reversed(groups):  # neighbours are along the last dim
+        if dist.get_world_size(group) > 1:
+            gathered: list[list[T]] = [values] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, values, group=group)
+            values = list(chain.from_iterable(gathered))
     return values
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
+def agreed(mesh: DeviceMesh | None = None) -> Iterator[None]:
     """If one rank's body raises `InputError`, every rank does, so that none waits for ever; a collective.
 
-    Other exceptions pass as they are: they end the process, which ends the job.
+    Of all ranks of a mesh or of the world. Other exceptions pass as they are:
+    they end the process, which ends the job.
     """
     error: InputError | None = None
     try:
         yield
     except InputError as raised:
         error = raised
-    errors = from_every_rank(error)
+    errors = from_every_rank(error, mesh)
     failed = {rank: other for rank, other in enumerate(errors) if other is not None}
     if not failed:
         return
@@ -63,11 +73,16 @@ def check_same(flags: Mapping[str, object]) -> None:
                 )
 
 
+def store() -> dist.Store:
+    """What all ranks can read and write without waiting for each other; torch gives no public way to it."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def first_to_fail() -> bool:
     """Whether no other rank has failed before: the first knows why, the others only miss it. No collective."""
     if not dist.is_initialized() or is_simulated():
         return True
-    return dist.distributed_c10d._get_default_store().add("meshdiff/failed", 1) == 1
+    return store().add("meshdiff/failed", 1) == 1
 
 
 def explained(error: BaseException) -> InputError | None:

@@ -2,12 +2,14 @@
 
 A mesh has *dims* named `cfg` and `cp`; ranks of one `cp` group are neighbours,
 so that the all-to-alls of attention stay inside a node and only the one
-all-gather of guidance crosses nodes. Everything that knows about rank numbers
-is in this file and in the attention strategies.
+all-gather of guidance crosses nodes. Many requests add an outer dim `dp`, of
+replicas, which send each other nothing. Everything that knows about rank
+numbers is in this file and in the attention strategies.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -35,14 +37,18 @@ __all__ = [
     "launched_world_size",
     "on_mesh",
     "place",
+    "ranks_of_replica",
+    "replica",
     "replicate_buffers",
     "replicate_module",
     "ring_of_groups",
     "torchrun_command",
-    "world_of",
 ]
 
-CFG, CP = "cfg", "cp"
+DP, CFG, CP = "dp", "cfg", "cp"
+
+DOUBLING = 0.95
+"""What twice the ranks on one request are worth, per rank; a request of its own is worth 1."""
 
 # torch starts new process groups whenever a mesh is divided, so what a group was divided into is kept
 # for as long as that group lives. Equal meshes of a later world are other groups.
@@ -56,35 +62,64 @@ class Layout:
     Attributes:
         cfg: ranks that the guidance branches are divided between.
         cp: ranks that the sequence is divided between.
+        dp: replicas, of `cfg * cp` ranks each, that the requests are divided between.
     """
 
     cfg: int = 1
     cp: int = 1
+    dp: int = 1
 
     def __post_init__(self) -> None:
-        for name in (CFG, CP):
+        for name in (CFG, CP, DP):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name}", f"{getattr(self, name)} given, needs at least 1")
 
     @property
     def world_size(self) -> int:
-        return self.cfg * self.cp
+        return self.dp * self.cfg * self.cp
 
     def __str__(self) -> str:
-        return f"cfg{self.cfg}-cp{self.cp}"
+        return f"dp{self.dp}-cfg{self.cfg}-cp{self.cp}" if self.dp > 1 else f"cfg{self.cfg}-cp{self.cp}"
 
     @classmethod
-    def auto(cls, world_size: int, guided: bool = True) -> Layout:
-        """The layout to start with on `world_size` ranks.
+    def auto(cls, world_size: int, guided: bool = True, requests: int = 1) -> Layout:
+        """The layout to start with on `world_size` ranks; `reason` says why.
 
-        Guidance parallelism communicates least, so a guided run takes `cfg=2`
-        wherever the world is even; the rest goes to the sequence.
+        Replicas communicate nothing, so many requests take as many of them as
+        all can keep busy. Inside one, guidance parallelism communicates least,
+        so a guided run takes `cfg=2` wherever the ranks are even; the rest goes
+        to the sequence.
         """
-        cfg = 2 if guided and world_size % 2 == 0 else 1
-        return cls(cfg=cfg, cp=world_size // cfg)
+        return cls._of_replica(world_size, guided, _replicas(world_size, requests))
 
     @classmethod
-    def resolve(cls, world_size: int, branches: int, cfg: int | None = None, cp: int | None = None) -> Layout:
+    def _of_replica(cls, world_size: int, guided: bool, dp: int) -> Layout:
+        ranks = world_size // dp
+        cfg = 2 if guided and ranks % 2 == 0 else 1
+        return cls(cfg=cfg, cp=ranks // cfg, dp=dp)
+
+    def reason(self, requests: int) -> str:
+        """Why this layout suits that many requests, in a line."""
+        ranks, turns = self.cfg * self.cp, -(-requests // self.dp)
+        if self.dp == 1:
+            who = "one rank does" if ranks == 1 else f"all {ranks} ranks do"
+            return f"{who} one request after the other, which ends {'it' if requests == 1 else 'them'} soonest"
+        each = f"{ranks} rank{'s' * (ranks > 1)}"
+        return (
+            f"{requests} requests are {turns} turn{'s' * (turns > 1)} of {self.dp} replicas of {each}, which send each "
+            "other nothing"
+        )
+
+    @classmethod
+    def resolve(
+        cls,
+        world_size: int,
+        branches: int,
+        cfg: int | None = None,
+        cp: int | None = None,
+        dp: int | None = None,
+        requests: int = 1,
+    ) -> Layout:
         """The layout for what a person asked for: what they left out follows from the world.
 
         In a world of one process the layout may ask for more: the caller then
@@ -93,32 +128,52 @@ class Layout:
         Args:
             world_size: processes there are.
             branches: guidance branches of a step; 1 without guidance.
-            cfg, cp: the sizes asked for; None to choose.
+            cfg, cp, dp: the sizes asked for; None to choose.
+            requests: how many there are to do.
 
         Raises:
             InputError: if no layout of that world fits, with a command that does.
         """
-        cls(cfg=1 if cfg is None else cfg, cp=1 if cp is None else cp)
+        cls(cfg=1 if cfg is None else cfg, cp=1 if cp is None else cp, dp=1 if dp is None else dp)
+        if dp is None:
+            dp = _replicas(world_size, requests, cfg, cp)
+        ranks = max(1, world_size // dp)  # of a replica
         if cfg is None and cp is None:
-            return cls.auto(world_size, guided=branches > 1)
-        if world_size == 1:
-            layout = cls(cfg=cfg or 1, cp=cp or 1)
+            layout = cls._of_replica(ranks * dp, branches > 1, dp)
+        elif world_size == 1:
+            layout = cls(cfg=cfg or 1, cp=cp or 1, dp=dp)
         else:
-            layout = cls(cfg=cfg or max(1, world_size // (cp or 1)), cp=cp or max(1, world_size // (cfg or 1)))
+            layout = cls(cfg=cfg or max(1, ranks // (cp or 1)), cp=cp or max(1, ranks // (cfg or 1)), dp=dp)
         if layout.cfg > branches:
-            follows = "" if cfg else f" (what --cp {cp} leaves of {world_size} processes)"
+            follows = "" if cfg else f" (what --cp {cp} leaves of {ranks} processes)"
             raise InputError(
                 f"--cfg {layout.cfg}{follows}",
                 f"this run has {branches} guidance branch{'es' if branches > 1 else ''}"
                 f"{'' if branches > 1 else ' (guidance scale 1)'}; use --cfg {branches}",
             )
         if world_size not in (1, layout.world_size):
-            given = " ".join(f"--{name} {size}" for name, size in ((CP, cp), (CFG, cfg)) if size)
+            asked = ((CP, cp), (CFG, cfg), (DP, dp if dp > 1 else None))
+            given = " ".join(f"--{name} {size}" for name, size in asked if size)
             raise InputError(
                 given,
                 f"does not fit {world_size} processes; start it with: {torchrun_command(layout)}",
             )
         return layout
+
+
+def _replicas(world_size: int, requests: int, cfg: int | None = None, cp: int | None = None) -> int:
+    """The number of replicas with which that many equal requests end soonest."""
+
+    def fits(dp: int) -> bool:
+        ranks = world_size // dp
+        whole = cfg * cp == ranks if cfg and cp else ranks % (cfg or cp or 1) == 0
+        return world_size % dp == 0 and whole
+
+    def turns_of(dp: int) -> float:
+        ranks = world_size // dp
+        return -(-requests // dp) / (ranks * DOUBLING ** math.log2(ranks))
+
+    return min((dp for dp in range(1, world_size + 1) if fits(dp) and dp <= requests), key=turns_of, default=1)
 
 
 def launched_world_size() -> int:
@@ -166,7 +221,8 @@ def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta
         timeout: see `init_distributed`.
 
     Returns:
-        A 2-D mesh with dims ("cfg", "cp").
+        A 2-D mesh with dims ("cfg", "cp"); with several replicas a 3-D one with
+        "dp" before them, of which `replica` is this rank's 2-D part.
 
     Raises:
         InputError: if the layout does not fit the world, or the machine has
@@ -176,14 +232,22 @@ def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta
     init_distributed(timeout)
     if dist.get_world_size() != layout.world_size:
         raise InputError(
-            f"--cp {layout.cp} --cfg {layout.cfg}",
+            f"--cp {layout.cp} --cfg {layout.cfg}" + f" --dp {layout.dp}" * (layout.dp > 1),
             f"needs {layout.world_size} processes and there are {dist.get_world_size()}; start it with: "
             f"{torchrun_command(layout)}",
         )
     if device_type == "cuda" and dist.get_backend() != "fake":
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return init_device_mesh(device_type, (layout.cfg, layout.cp), mesh_dim_names=(CFG, CP))
+    sizes = {DP: layout.dp, CFG: layout.cfg, CP: layout.cp}
+    if layout.dp == 1:
+        del sizes[DP]
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def replica(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that work on a request together with this one: a 2-D mesh with dims ("cfg", "cp")."""
+    return mesh if mesh.mesh_dim_names == (CFG, CP) else mesh[CFG, CP]
 
 
 def torchrun_command(layout: Layout) -> str:
@@ -238,9 +302,17 @@ def from_first_rank(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dt
     return place(tensor, mesh, [Replicate()] * mesh.ndim)
 
 
-def world_of(mesh: DeviceMesh) -> DeviceMesh:
-    """All ranks of a mesh in a row; every rank must call it: it may start a process group."""
-    return init_device_mesh(mesh.device_type, (mesh.size(),), mesh_dim_names=("world",))
+def ranks_of_replica(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of this rank's replica in a row; every rank must call it: it may start process groups.
+
+    Not by `mesh._flatten()`, after which uneven shards of that mesh are gathered wrongly (torch 2.13).
+    """
+    of_one = replica(mesh).size()
+    if mesh.size() == of_one:
+        return init_device_mesh(mesh.device_type, (of_one,), mesh_dim_names=("replica",))
+    return init_device_mesh(mesh.device_type, (mesh.size() // of_one, of_one), mesh_dim_names=(DP, "replica"))[
+        "replica"
+    ]
 
 
 def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -16,6 +16,7 @@ import meshdiff
 from meshdiff.agreement import from_every_rank
 from meshdiff.comms import CommsCounter
 from meshdiff.mesh import Layout
+from meshdiff.pipeline import Pipeline
 from meshdiff.request import Request
 
 __all__ = ["RunMetrics", "Timer", "collect"]
@@ -60,6 +61,8 @@ class RunMetrics:
     layout: dict[str, int]
     """Ranks of each mesh dim."""
     world_size: int
+    replica: int
+    """Of those that the layout has, the one that made the clip."""
     simulated: bool
     """Whether one process played all ranks: its times say nothing about speed."""
     prompt: str
@@ -81,7 +84,7 @@ class RunMetrics:
     seconds_by_stage: dict[str, float]
     seconds_per_step: list[float]
     peak_memory_bytes: list[int]
-    """For each rank: of the GPU's allocator on CUDA, of the process on CPU. One entry in a simulation."""
+    """For each rank of the replica: of the GPU's allocator on CUDA, of the process on CPU. One in a simulation."""
     comms: dict[str, dict[str, dict[str, int]]]
     """By mesh dim and collective: calls, and bytes one rank sent to others (of the rank that sent most)."""
     device: str
@@ -96,21 +99,28 @@ class RunMetrics:
 
 
 def collect(
-    request: Request, layout: Layout, timer: Timer, comms: CommsCounter, described: Mapping[str, Any]
+    pipeline: Pipeline,
+    request: Request,
+    layout: Layout,
+    timer: Timer,
+    comms: CommsCounter,
+    described: Mapping[str, Any],
 ) -> RunMetrics:
-    """Gather the metrics of a finished run on every rank; a collective.
+    """Gather the metrics of a finished run on every rank of the replica that made it; a collective.
 
     Args:
+        pipeline: which made the clip.
         request: with nothing left open.
         layout: the mesh's.
         timer, comms: of the run.
         described: the other fields that the caller knows.
     """
     seconds, stages = timer.finish()
-    ranks = from_every_rank((_peak_memory(timer.device_type), comms.as_dict()))
+    ranks = from_every_rank((_peak_memory(timer.device_type), comms.as_dict()), pipeline.mesh)
     return RunMetrics(
-        layout={"dp": 1, "cfg": layout.cfg, "cp": layout.cp},
+        layout=asdict(layout),
         world_size=layout.world_size,
+        replica=pipeline.replica,
         **asdict(request),
         **described,
         seconds_total=seconds,

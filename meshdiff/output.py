@@ -11,7 +11,7 @@ from pathlib import Path
 
 from meshdiff.errors import InputError
 
-__all__ = ["COMPLETE", "output_folder"]
+__all__ = ["COMPLETE", "output_folder", "remove_partial"]
 
 
 COMPLETE = "metrics.json"
@@ -50,6 +50,12 @@ def output_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         for parent in new_parents:
             with suppress(OSError):  # not empty: the run is in it
                 parent.rmdir()
+
+
+def remove_partial(path: Path) -> None:
+    """What killed runs that were to become `path` left behind."""
+    for leftover in [*path.parent.glob(f".{path.name}.partial-*"), *path.parent.glob(f".{path.name}.old-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

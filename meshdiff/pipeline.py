@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.errors import InputError
 from meshdiff.guidance import Combine, classifier_free, divide_branches, run_branches
-from meshdiff.mesh import Layout, place, replicate_buffers, replicate_module, world_of
+from meshdiff.mesh import DP, Layout, place, ranks_of_replica, replica, replicate_buffers, replicate_module
 from meshdiff.models import VideoModel
 from meshdiff.placements import POSITIONS, SEQUENCE, WHOLE
 from meshdiff.request import Request
@@ -44,7 +44,7 @@ class Pipeline:
 
     Args:
         model: its transformers' weights become DTensors on `mesh["cp"]`, in place.
-        mesh: 2-D, dims ("cfg", "cp"), from `init_mesh`.
+        mesh: from `init_mesh`; of one with replicas, this rank's takes part.
         dtype: of weights and activations; the sampler's state stays float32.
         compile: compile each block with `torch.compile`.
         shard_weights: each rank stores its part of every weight, divided by all
@@ -68,9 +68,10 @@ class Pipeline:
         shard_weights: bool = False,
         offload: bool = False,
     ) -> None:
-        self.model, self.mesh = model, mesh
+        self.model, self.mesh = model, replica(mesh)
+        self.replica = mesh.get_local_rank(DP) if DP in (mesh.mesh_dim_names or ()) else 0
         device = torch.device(mesh.device_type)  # of a GPU, the one that `init_mesh` chose
-        storage = Storage(device, mesh["cp"], world_of(mesh) if shard_weights else None, offload)
+        storage = Storage(device, self.mesh["cp"], ranks_of_replica(mesh) if shard_weights else None, offload)
         for expert, transformer in enumerate(model.transformers):
             if compile:
                 for block in transformer.blocks:

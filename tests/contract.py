@@ -135,6 +135,6 @@ def of_rank(traffic: dict, layout: Layout, config: WanConfig, seq: int, steps: i
         own = attention_bytes(batch, seq, config.heads, config.head_dim, layout.cp, place)
         traffic["cp"]["all_to_all"]["bytes"] = own * config.depth * steps
     if layout.cfg > 1:
-        shard = chunk_sizes(seq, layout.cp)[place] * config.patch_dim * FLOAT
-        traffic["cfg"]["all_gather"]["bytes"] = steps * batch * shard * (layout.cfg - 1)
+        missing = chunk_sizes(seq, layout.cp)[0] - chunk_sizes(seq, layout.cp)[place]
+        traffic["cfg"]["all_gather"]["bytes"] -= steps * batch * missing * config.patch_dim * FLOAT * (layout.cfg - 1)
     return traffic

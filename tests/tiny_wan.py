@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -88,14 +89,18 @@ def traffic(model: WanModel, layout: Layout, sharded: bool = False, real: bool =
     if sharded:
         once, each = (gathers(model.transformers[0], chain, layout) for chain in model.transformers[0].order)
         calls += once + each * REQUEST.steps
-    if real:  # that prompts and VAE could be read: the length of nothing, and nothing, pickled
-        calls += 2 * [8 * (layout.world_size - 1), 4 * (layout.world_size - 1)]
     if calls:
         # Where one dim is the world, it is that dim's group that gathers.
         dim = "cp" if layout.cfg == 1 else "cfg" if layout.cp == 1 else "world"
         gathered = sent.setdefault(dim, {}).setdefault("all_gather", {"count": 0, "bytes": 0})
         gathered["count"] += len(calls)
         gathered["bytes"] += sum(calls)
+    if real:  # that prompts and VAE could be read, by all ranks along one dim and then along the other
+        for dim, ranks, known in (("cp", layout.cp, 1), ("cfg", layout.cfg, layout.cp)):
+            if ranks > 1:
+                gathered = sent[dim].setdefault("all_gather", {"count": 0, "bytes": 0})
+                gathered["count"] += 4  # how long, and what
+                gathered["bytes"] += 2 * (8 + len(pickle.dumps([None] * known))) * (ranks - 1)
     return sent
 
 

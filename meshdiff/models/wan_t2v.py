@@ -183,15 +183,15 @@ class WanModel:
         One rank loads the text encoder, lets it go, and tells the others.
         """
         text = None
-        with agreed(), outside():
-            if is_first_rank():
+        with agreed(mesh), outside():
+            if is_first_rank(mesh):
                 device = torch.device(mesh.device_type)
                 text = encode_text(self.checkpoint, prompts, device, self.dtype, self.offload_text)
         shape = (len(prompts), TEXT_LENGTH, self.config.text_dim)
         return on_mesh(from_first_rank(text, shape, self.dtype, mesh), mesh["cp"], [WHOLE], shape)
 
     def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh) -> Tensor:
-        with agreed(), outside():
+        with agreed(mesh), outside():
             vae = load_vae(self.checkpoint).to(mesh.device_type)
         latents = unpatchify(tokens.float(), self.grid(request), self.config.patch)
         mean, deviation = (

@@ -1,0 +1,144 @@
+"""Many requests on a mesh with replicas: who does which, what is done already, and the record of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.agreement import from_every_rank, is_first_rank, store
+from meshdiff.errors import InputError
+from meshdiff.mesh import replica
+from meshdiff.output import COMPLETE, remove_partial
+from meshdiff.request import Request
+from meshdiff.requests import Entry
+
+__all__ = ["RESULTS", "Counter", "Record", "resume", "take_turns"]
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of `results.jsonl`."""
+
+    line: int
+    """Of the list of requests."""
+    name: str
+    status: str
+    """"ok", or "failed"."""
+    error: str | None = None
+    seconds: float | None = None
+    """From prompt to frames."""
+    replica: int | None = None
+    """Which of the replicas did it."""
+
+    def append(self, folder: Path) -> None:
+        """One write, so that replicas do not write into each other's lines."""
+        line = (json.dumps(asdict(self)) + "\n").encode()
+        descriptor = os.open(folder / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+
+class Counter:
+    """A number that all ranks share and any of them raises; nobody waits for anybody."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"meshdiff/{name}"
+        self._alone = 0
+
+    def add(self, amount: int) -> int:
+        """What it is after adding."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            return store().add(self.name, amount)
+        self._alone += amount
+        return self._alone
+
+
+def take_turns(mesh: DeviceMesh, count: int, counter: Counter) -> Iterator[int]:
+    """The items, of `count`, that this rank's replica does: each takes the next one when it is free.
+
+    All ranks of a replica get the same; a collective among them, and among them only.
+    """
+    own = replica(mesh)
+    while True:
+        item = counter.add(1) - 1 if is_first_rank(own) else 0
+        item = from_every_rank(item, own)[0]
+        if item >= count:
+            return
+        yield item
+
+
+def resume(folder: Path, requests: Mapping[Entry, Request]) -> list[Entry]:
+    """What is still to do of a list, in a folder where it may have been begun; the record is put right.
+
+    Args:
+        folder: of the whole list.
+        requests: the good entries, with nothing left open.
+
+    Raises:
+        InputError: if a folder holds the clip of another request under the name of one of these.
+    """
+    recorded: dict[str, str] = {}
+    if (folder / RESULTS).is_file():
+        for line in (folder / RESULTS).read_text(errors="replace").splitlines():
+            try:  # the last line may be half a line
+                recorded[json.loads(line)["name"]] = line
+            except (ValueError, KeyError, TypeError):
+                continue
+    kept, left = [], []
+    for entry, request in requests.items():
+        remove_partial(folder / entry.name)
+        complete = folder / entry.name / COMPLETE
+        if not complete.is_file():
+            left.append(entry)
+            continue
+        metrics = json.loads(complete.read_text())
+        _check_same_request(entry, request, metrics)
+        done = Record(entry.line, entry.name, "ok", seconds=metrics["seconds_total"], replica=metrics.get("replica"))
+        line = recorded.get(entry.name, "")
+        kept.append(line if '"ok"' in line else json.dumps(asdict(done)))
+    rewritten = folder / f".{RESULTS}"
+    rewritten.write_text("".join(line + "\n" for line in kept))
+    rewritten.replace(folder / RESULTS)
+    return left
+
+
+def _check_same_request(entry: Entry, request: Request, metrics: Mapping[str, Any]) -> None:
+    for key, value in asdict(request).items():
+        if metrics.get(key) != value:
+            raise InputError(
+                "--resume",
+                f"{entry.name} was made with {key} {metrics.get(key)!r}, and now {value!r} is asked for; name another "
+                "--out, or remove that folder",
+            )
+
+
+def fresh(folder: Path) -> None:
+    """Make the folder of a whole list.
+
+    Raises:
+        InputError: if it holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("--out", f"{folder} is not empty; name another folder, or add --resume to go on with it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--out", f"{folder} cannot be made ({error.strerror or error})") from error
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder whose list came to nothing."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
