@@ -139,12 +139,12 @@ def tiles() -> dict:
 
 
 def wan() -> dict:
-    """Every rank's clip, traffic and counts, of both versions and of every place for weights."""
-    from tiny_wan import LEVELS, make
+    """Every rank's clip, traffic and counts, of both versions and of places for weights."""
+    from tiny_wan import make
 
     root, world = Path(sys.argv[2]).parent, dist.get_world_size()
     layout = Layout(2, world // 2) if world % 2 == 0 else Layout(1, world)
-    runs = [("2.1", level) for level in LEVELS] + [("2.2", "plain"), ("2.2", "sharded")]
+    runs = [("2.1", "plain"), ("2.1", "sharded"), ("2.1", "offloaded"), ("2.2", "plain")]
     mesh = init_mesh(layout, "cpu")  # one for all runs: an equal one would send on the groups of the first
     return {run: from_every_rank(make(root, mesh, *run)) for run in runs}
 
