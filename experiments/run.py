@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +25,10 @@ import torch
 import tyro
 from clips import make_clip, make_clips, read_list
 
-from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank
+from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank, is_of_collective
 from meshdiff.errors import InputError
 from meshdiff.launch import end_process, end_with_launcher, start_ranks
+from meshdiff.liveness import Heartbeats, lost_rank
 from meshdiff.mesh import Layout, check_gpus, init_distributed, launched_world_size, torchrun_command
 from meshdiff.models import DigitsModel, VideoModel, WanModel, WanRequest
 from meshdiff.models.digits import WEIGHTS
@@ -64,6 +66,9 @@ class Config:
     threads: int = 1
     """CPU threads of each rank. Layouts give the same bits at equal thread counts; a GEMM that is
     split between threads adds up in another order."""
+    timeout: int | None = None
+    """Seconds that a rank waits for another in a collective before it gives up and says so; 60 for digits on a CPU,
+    else 600, as ranks may then load, compile or decode for as long while others wait."""
     compile: bool = False
     """Compile each transformer block with torch.compile: slow to start, faster to run."""
     weights: Path | None = None
@@ -157,6 +162,8 @@ class Config:
             raise InputError("--compile", "does not work with --simulate; leave one of them out")
         if self.simulate and launched_world_size() > 1:
             raise InputError("--simulate", "plays every rank in one process; start it with python, not with torchrun")
+        if self.timeout is not None and self.timeout < 1:
+            raise InputError("--timeout", f"{self.timeout} given, needs at least 1")
         if self.threads < 1:
             raise InputError("--threads", f"{self.threads} given, needs at least 1")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -179,10 +186,21 @@ def parse(arguments: list[str]) -> Config:
 
 def _defaults(arguments: list[str]) -> Config:
     """Each model has its own idea of a clip, which the help is to show."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--model", default="digits", nargs="?")
-    model = peek.parse_known_args(arguments)[0].model
-    return Config(request=WanRequest() if model == "wan" else Request())
+    return Config(request=WanRequest() if peek("--model", arguments) == "wan" else Request())
+
+
+def peek(flag: str, arguments: list[str]) -> str | None:
+    """The value of a flag that has to be known before the others are read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, nargs="?", dest="value")
+    return parser.parse_known_args(arguments)[0].value
+
+
+def timeout(arguments: list[str]) -> timedelta:
+    """How long to wait for other ranks, with which the flags are yet to be agreed on."""
+    given = peek("--timeout", arguments) or ""
+    slow = torch.cuda.is_available() or peek("--model", arguments) == "wan"
+    return timedelta(seconds=int(given) if given.isdecimal() and int(given) else 600 if slow else 60)
 
 
 class ParseError(InputError):
@@ -202,10 +220,12 @@ class HelpAsked(ParseError):
 
 def main(arguments: list[str]) -> int:
     """Parse, agree with the other ranks, start more of them if need be, run; returns the exit code."""
+    heartbeats = Heartbeats()
     try:
         world = launched_world_size()
         if world > 1:
-            init_distributed()
+            init_distributed(timeout(arguments))
+            heartbeats.start()
         with agreed():
             config = parse(arguments)
         check_same(config.flags())
@@ -235,7 +255,9 @@ def main(arguments: list[str]) -> int:
             print(error, file=sys.stderr if code else sys.stdout, flush=True)
         return code
     except (RuntimeError, MemoryError) as error:
-        explanation = explained(error)
+        # The launcher ends the others when one has ended, and here it is yet to be said why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        explanation = lost_rank(error, heartbeats.missing()) if is_of_collective(error) else explained(error)
         if explanation is None:
             raise
         if first_to_fail():
@@ -246,6 +268,7 @@ def main(arguments: list[str]) -> int:
     except SystemExit as stop:  # from a signal
         return int(stop.code or 0)
     finally:
+        heartbeats.stop()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0

@@ -96,6 +96,9 @@ def explained(error: BaseException) -> InputError | None:
             f"on {rank} ({reason}); more ranks with --cp divide activations, --shard-weights divides weights, "
             f"{to_host}a smaller clip needs less of everything",
         )
-    if isinstance(error, dist.DistError) or "gloo" in reason:
-        return InputError("lost ranks", f"{rank} waited for another that did not come ({reason})")
     return None
+
+
+def is_of_collective(error: BaseException) -> bool:
+    """Whether it says that a collective failed, which a rank that is missing makes it do."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_flatten
 from meshdiff.mesh import groups_within
 from meshdiff.simulation import largest, on_each_rank
 
-__all__ = ["CommsCounter", "Traffic"]
+__all__ = ["WAITED", "CommsCounter", "Traffic"]
+
+WAITED = "waited in "
+"""How the note begins that says of an error in which collective, on which mesh dim, it came up."""
 
 
 @dataclass
@@ -113,6 +116,7 @@ class CommsCounter(TorchDispatchMode):
         super().__init__()
         self.traffic: dict[str, dict[str, Traffic]] = defaultdict(lambda: defaultdict(Traffic))
         self._mesh = mesh
+        self._last = ""  # collective
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -130,10 +134,15 @@ class CommsCounter(TorchDispatchMode):
         # A DTensor operation is made of operations on local tensors, which come by here in turn.
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
-        collective = _COLLECTIVES.get(func._schema.name)
-        if collective is not None:
-            self._record(collective, args)
-        return func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name in _COLLECTIVES:
+            self._record(_COLLECTIVES[name], args)
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if name in _COLLECTIVES or name == "_c10d_functional::wait_tensor":
+                error.add_note(f"{WAITED}{self._last}")
+            raise
 
     def _record(self, collective: _Collective, args: tuple[Any, ...]) -> None:
         group = _group_of(args)
@@ -146,6 +155,7 @@ class CommsCounter(TorchDispatchMode):
             return collective.sent(sum(t.nbytes for t in payload), group.size(), rank, splits)
 
         traffic = self.traffic[dim][collective.name]
+        self._last = f"{collective.name} on {dim}"
         traffic.count += 1
         traffic.bytes += largest(sent(own_rank, splits, *payload))
 

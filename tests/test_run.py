@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import struct
@@ -149,11 +151,51 @@ def test_a_rank_that_runs_out_of_memory_ends_all_with_one_line(tmp_path):
     program = str(Path(__file__).with_name("one_rank_fails.py"))
     process = torchrun(2, program, *SMALL, "--cp", "2", "--out", str(tmp_path / "run"), timeout=90)
     assert process.returncode != 0
-    said = [line for line in process.stderr.splitlines() if "out of memory" in line or "lost ranks" in line]
+    said = [line for line in process.stderr.splitlines() if "out of memory" in line or "lost " in line]
     assert len(said) == 1
     assert said[0].startswith("out of memory: on rank 1 (CUDA out of memory. Tried to allocate 20.00 GiB.); more ranks")
     assert "[rank" not in process.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("stop", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)], ids=["killed", "hangs"])
+def test_a_rank_that_is_lost_is_named_with_the_collective(stop, lost, tmp_path):
+    flags = ["--steps", "5000", "--wandb", "disabled", "--cp", "2", "--cfg", "1", "--timeout", "5"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    errors = tmp_path.with_suffix(".errors")
+    with errors.open("w") as file:
+        run = subprocess.Popen(
+            [*launcher, SCRIPT, *flags, "--out", str(tmp_path / "run")],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=file,
+        )
+    while not any(tmp_path.iterdir()):
+        time.sleep(0.2)
+    time.sleep(3)  # to be somewhere in the middle of it
+    lost_process = process_of_rank(lost, str(tmp_path / "run"))
+    os.kill(lost_process, stop)
+    deadline = time.monotonic() + 30
+    while "lost rank" not in errors.read_text() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    with contextlib.suppress(ProcessLookupError):  # the launcher gives one that hangs 30 seconds more
+        os.kill(lost_process, signal.SIGKILL)
+    run.wait(timeout=30)
+    said = [line for line in errors.read_text().splitlines() if line.startswith("lost rank")]
+    assert len(said) == 1, errors.read_text()
+    where = "waited in (all_to_all|all_gather) on cp for one that was killed, or hangs"
+    assert re.match(rf"lost rank {lost}: rank {1 - lost} {where}", said[0])
+    assert "[rank" not in errors.read_text()
+
+
+def process_of_rank(rank: int, argument: str) -> int:
+    """The process that runs the script as that rank, with that among its arguments."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (process / "cmdline").read_text().split("\0")
+            environment = (process / "environ").read_text().split("\0")
+            if argument in arguments and f"RANK={rank}" in environment:
+                return int(process.name)
+    raise AssertionError(f"no process is rank {rank}")
 
 
 def test_ranks_started_with_different_flags_stop_at_once(tmp_path):
