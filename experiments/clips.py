@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -217,7 +218,8 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
             console.print(f"{layout}: {layout.reason(len(entries))}")
             if len(left) < len(ready):
                 console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
-    left = from_every_rank(left)[0]
+    # The longest first: what replicas do last, while others may have nothing left to do, is then short.
+    left = sorted(from_every_rank(left)[0], key=lambda entry: -work(model, ready[entry]))
     start, failures = time.perf_counter(), Counter("failures")
     with started(config, layout, model) as pipeline, progress_bar(console) as progress:
         first = is_first_rank(pipeline.mesh)
@@ -251,6 +253,11 @@ def prepared(model: VideoModel, layout: Layout, entries: list[Entry]) -> tuple[d
         except InputError as error:
             refused.append(Record(entry.line, entry.name, "failed", entry.error or str(error)))
     return ready, refused
+
+
+def work(model: VideoModel, request: Request) -> int:
+    """How long a request takes, in no unit: tokens that go through the transformer."""
+    return math.prod(model.grid(request)) * request.steps * len(request.branches)
 
 
 def begin_list(out: Path, go_on: bool, ready: dict[Entry, Request], refused: list[Record]) -> list[Entry]:
