@@ -52,3 +52,10 @@ def test_shipped_weights_are_small():
 def test_private_torch_is_imported_in_one_place():
     users = [p.name for p in (ROOT / "meshdiff").rglob("*.py") if "_local_tensor" in p.read_text()]
     assert users == ["simulation.py"]
+
+
+def test_the_flag_reference_is_what_help_says():
+    from flag_reference import reference
+
+    # Else: python experiments/flag_reference.py > docs/flags.md
+    assert (ROOT / "docs" / "flags.md").read_text() == reference()

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -68,6 +69,21 @@ def test_torchrun_turns_guidance_parallelism_on_and_gives_the_same_clip(one_proc
     assert len(metrics["peak_memory_bytes"]) == 2
     assert metrics["comms"]["cfg"]["all_gather"]["count"] == 2
     assert process.stdout.count("a 7 moving left") == 1  # only rank 0 talks
+
+
+def test_two_nodes_give_the_same_clip(one_process, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--rdzv-id", "test", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    command = [*launcher, *meeting, "--local-addr", "localhost", SCRIPT, *SMALL, "--out", str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert torch.equal(video(tmp_path / "run"), video(one_process))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["layout"] == {"dp": 1, "cfg": 2, "cp": 1}
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "python"])
