@@ -30,8 +30,8 @@ def cases(draw):
     branches = draw(st.integers(1, 3))
     cfg = draw(st.integers(1, branches))
     layout = Layout(cfg=cfg, cp=draw(st.integers(1, 8 if cfg == 1 else 4)))
-    # From 64 tokens, where 8 ranks divide everything, to 75 or 100, where few do.
-    frames, height, width = draw(st.sampled_from([(8, 32, 32), (10, 40, 32), (10, 24, 40), (14, 40, 40)]))
+    # From 64 tokens, where 8 ranks divide everything, to 125 or 175, where few do.
+    frames, height, width = draw(st.sampled_from([(8, 32, 32), (10, 40, 32), (10, 40, 40), (14, 40, 40)]))
     solver = draw(st.sampled_from(["euler", "ab2"]))
     return layout, Request(frames=frames, height=height, width=width, steps=2, solver=solver), branches
 

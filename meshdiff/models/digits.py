@@ -108,7 +108,7 @@ class DigitsModel:
         """Position tables, one row a token."""
         return rope_3d(self.grid(request), self.config.head_dim)
 
-    def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh) -> Tensor:
+    def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh | None = None) -> Tensor:
         """Clean tokens `[1, seq, patch_dim]` to a clip `[frames, channels, height, width]` in [-1, 1]."""
         video = unpatchify(tokens.float(), self.grid(request), self.config.patch)
         return video[0].transpose(0, 1).clamp(-1, 1).contiguous()
