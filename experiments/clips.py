@@ -273,7 +273,8 @@ def begin_list(out: Path, go_on: bool, ready: dict[Entry, Request], refused: lis
 @contextlib.contextmanager
 def wandb_of_list(config: Config, layout: Layout, out: Path, wanted: bool) -> Iterator[Any]:
     """A W&B run for the clips of a replica, those of a list in one group; or None."""
-    run = start_wandb(config, layout, out, group=out.name) if wanted else None
+    with agreed():  # the ranks that have none would wait for one that could not start its own
+        run = start_wandb(config, layout, out, group=out.name) if wanted else None
     yield run
     if run is not None:
         run.finish()
