@@ -14,7 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshdiff.errors import InputError
 from meshdiff.simulation import is_simulated
 
-__all__ = ["agreed", "check_same", "explained", "first_to_fail", "from_every_rank", "is_first_rank", "store"]
+__all__ = [
+    "agreed",
+    "check_same",
+    "explained",
+    "first_to_fail",
+    "from_every_rank",
+    "is_first_rank",
+    "is_of_collective",
+    "store",
+]
 
 T = TypeVar("T")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from meshdiff.output import COMPLETE, remove_partial
 from meshdiff.request import Request
 from meshdiff.requests import Entry
 
-__all__ = ["RESULTS", "Counter", "Record", "resume", "take_turns"]
+__all__ = ["RESULTS", "Counter", "Record", "fresh", "resume", "take_turns"]
 
 RESULTS = "results.jsonl"
 
@@ -136,9 +135,3 @@ def fresh(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("--out", f"{folder} cannot be made ({error.strerror or error})") from error
-
-
-def clear(folder: Path) -> None:
-    """Remove a folder whose list came to nothing."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
