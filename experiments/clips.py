@@ -170,9 +170,14 @@ def make_clip(config: Config, layout: Layout) -> None:
         with progress_bar(console) as progress:
             task = progress.add_task("loading weights", total=request.steps)
             with started(config, layout, model) as pipeline:
-                show = lambda stage: progress.update(task, description=stage)  # noqa: E731
-                advance = lambda step: progress.advance(task)  # noqa: E731
-                video, metrics = generate(config, layout, pipeline, request, show, advance)
+                video, metrics = generate(
+                    config,
+                    layout,
+                    pipeline,
+                    request,
+                    on_stage=lambda stage: progress.update(task, description=stage),
+                    on_step=lambda step: progress.advance(task),
+                )
         with agreed():
             if is_first_rank():
                 write(video, model.fps, metrics, wandb_run, folder)

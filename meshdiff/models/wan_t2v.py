@@ -40,14 +40,13 @@ __all__ = ["WanModel", "WanRequest"]
 TEXT_LENGTH = 512
 """Tokens of a prompt that the transformer sees; shorter prompts are filled up with zeros."""
 
-
 SMALL = 480 * 832
 """Pixels of the frames up to which Wan's shift is the smaller one."""
 
 
 @dataclass(frozen=True)
 class WanRequest(Request):
-    """One clip to generate with Wan; the defaults are those that Wan ships."""
+    """One clip to generate with Wan; the defaults are those of Wan2.1 in diffusers."""
 
     prompt: str = "A cat walking on grass."
     """What the clip shows."""
@@ -63,6 +62,7 @@ class WanRequest(Request):
     """How strongly to follow the prompt; 1 turns guidance off and halves the work."""
     guidance_scale_2: float | None = None
     """Wan2.2: the scale for the second expert, which has the steps of little noise; by default the first's."""
+    # One solver more than other models have, which a type checker does not allow a subclass.
     solver: Literal["unipc", "euler", "ab2"] = "unipc"  # type: ignore[assignment]
     """Integrator of the flow: diffusers' UniPC, which Wan ships, first order (euler), or second (ab2)."""
     shift: float | None = None
@@ -83,7 +83,6 @@ class WanModel:
         offload_text: the text encoder lies in host memory and comes to the
             device a layer at a time.
         tiles_on_host: decoded tiles are put together in host memory.
-
     """
 
     time_unit = 1000.0
