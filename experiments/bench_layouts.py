@@ -30,11 +30,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meshdiff import CommsCounter, DigitsModel, Layout, Pipeline, Request, init_mesh
+from meshdiff import CommsCounter, Layout, Pipeline, Request, init_mesh
 from meshdiff.agreement import from_every_rank
 from meshdiff.launch import end_process, start_ranks
-from meshdiff.models.prompts import VOCABULARY
-from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
+from meshdiff.models import RandomModel, RandomShape
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,8 @@ def measure(config: Config, layout: Layout, scale: float) -> dict[str, Any]:
     """Seconds of each round as it is and without communication, and the bytes of a step; runs on every rank."""
     torch.set_num_threads(1)
     mesh = init_mesh(layout, "cpu")
-    torch.manual_seed(0)
-    shape = VideoDiTConfig(
-        dim=config.dim, heads=config.heads, depth=config.depth, ffn_dim=4 * config.dim, vocabulary=VOCABULARY
-    )
-    pipeline = Pipeline(DigitsModel(VideoDiT(shape).requires_grad_(False)), mesh)
+    model = RandomModel(RandomShape(dim=config.dim, depth=config.depth, heads=config.heads))
+    pipeline = Pipeline(model, mesh)
     request = Request(
         frames=config.frames, height=config.size, width=config.size, steps=config.steps, guidance_scale=scale
     )

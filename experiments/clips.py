@@ -25,10 +25,10 @@ from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
 from meshdiff.media import write_video
 from meshdiff.mesh import Layout, init_mesh
-from meshdiff.metrics import RunMetrics, Timer, collect
+from meshdiff.metrics import PeakMemory, RunMetrics, Timer, collect
 from meshdiff.models import VideoModel
 from meshdiff.output import COMPLETE, output_folder
-from meshdiff.pipeline import Pipeline, prepare_request
+from meshdiff.pipeline import Pipeline, check_strategy, prepare_request
 from meshdiff.request import Request
 from meshdiff.requests import Entry, read_requests
 from meshdiff.simulation import simulate
@@ -49,6 +49,7 @@ def started(config: Config, layout: Layout, model: VideoModel) -> Iterator[Pipel
                 compile=config.compile,
                 shard_weights=config.shard_weights,
                 offload=config.low_memory >= 3,
+                strategy=config.strategy,
             )
         yield pipeline
 
@@ -57,7 +58,7 @@ def generate(
     config: Config, layout: Layout, pipeline: Pipeline, request: Request, on_stage: Callable, on_step: Callable
 ) -> tuple[Tensor, RunMetrics]:
     """The run itself, the same on every layout."""
-    timer = Timer(config.device_type)
+    timer, memory = Timer(config.device_type), PeakMemory(config.device_type)
 
     def stage(name: str) -> None:
         timer.on_stage(name)
@@ -69,7 +70,7 @@ def generate(
 
     with CommsCounter(pipeline.mesh) as comms:
         video = pipeline.generate(request, on_step=step, on_stage=stage)
-    metrics = collect(pipeline, request, layout, timer, comms, config.described())
+    metrics = collect(pipeline, request, layout, timer, memory, comms, config.described())
     if not video.isfinite().all():
         raise InputError(
             f"--dtype {metrics.dtype}",
@@ -134,7 +135,8 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
     table.add_row("device", f"{metrics.device}, {metrics.threads_per_rank} threads a rank, {metrics.dtype}")
     table.add_row("time", f"{metrics.seconds_total:.2f} s, median step {ordered[len(ordered) // 2] * 1000:.0f} ms")
     table.add_row("", stages)
-    table.add_row("memory", f"peak {max(metrics.peak_memory_bytes) / 2**20:.0f} MiB a rank")
+    peak, start = (max(ranks) / 2**20 for ranks in (metrics.peak_memory_bytes, metrics.start_memory_bytes))
+    table.add_row("memory", f"peak {peak:.0f} MiB a rank, {start:.0f} MiB of it before the clip")
     for dim, collectives in metrics.comms.items():
         for name, traffic in collectives.items():
             sent = f"{traffic['count']} x {name}, {traffic['bytes'] / 2**20:.2f} MiB sent by a rank"
@@ -161,6 +163,7 @@ def make_clip(config: Config, layout: Layout) -> None:
     with contextlib.ExitStack() as stack:
         with agreed():
             model = config.open_model()
+            check_strategy(model, layout, config.strategy)
             request = prepare_request(model, config.request, layout)
         folder, wandb_run = Path(), None
         with agreed():
@@ -216,6 +219,7 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
     out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
     with agreed():
         model = config.open_model()
+        check_strategy(model, layout, config.strategy)
         ready, refused = prepared(model, layout, entries)
         left: list[Entry] = []
         if is_first_rank():

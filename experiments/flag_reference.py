@@ -12,10 +12,15 @@ import textwrap
 
 from run import Config
 
-from meshdiff.models import WanRequest
+from meshdiff.models import RandomShape, WanRequest
 from meshdiff.request import Request
 
-TITLES = {Config: "The run", Request: "The clip", WanRequest: "The clip, with --model wan"}
+TITLES = {
+    Config: "The run",
+    RandomShape: "The model, with --model random",
+    Request: "The clip",
+    WanRequest: "The clip, with --model wan",
+}
 
 
 def explanations(config: type) -> dict[str, str]:

@@ -30,9 +30,9 @@ from meshdiff.errors import InputError
 from meshdiff.launch import end_process, end_with_launcher, start_ranks
 from meshdiff.liveness import Heartbeats, lost_rank
 from meshdiff.mesh import Layout, check_gpus, init_distributed, launched_world_size, torchrun_command
-from meshdiff.models import DigitsModel, VideoModel, WanModel, WanRequest
+from meshdiff.models import DigitsModel, RandomModel, RandomShape, VideoModel, WanModel, WanRequest
 from meshdiff.models.digits import WEIGHTS
-from meshdiff.pipeline import prepare_request
+from meshdiff.pipeline import check_strategy, prepare_request
 from meshdiff.request import Request
 
 
@@ -40,8 +40,9 @@ from meshdiff.request import Request
 class Config:
     """Make one clip from a prompt, on one device or on many."""
 
-    model: Literal["digits", "wan"] = "digits"
-    """The embedded model, or Wan text-to-video from --checkpoint; --model wan --help shows Wan's own defaults."""
+    model: Literal["digits", "wan", "random"] = "digits"
+    """The embedded model; or Wan text-to-video from --checkpoint (--model wan --help shows Wan's own defaults); or one
+    of random weights and any size, to measure with."""
     request: tyro.conf.OmitArgPrefixes[Request] = field(default_factory=Request)
     prompts: str | None = None
     """A list of requests: a prompt a line, or a JSON object a line with any of the request options (with _ for -) and
@@ -56,6 +57,8 @@ class Config:
     cfg: int | None = None
     """Guidance parallelism: ranks that share the guidance branches. By default 2 if the world is
     even and guidance is on."""
+    strategy: Literal["auto", "ulysses", "ring", "gather", "hybrid"] = "auto"
+    """How --cp ranks attend to each other's tokens; auto chooses by heads and length."""
     simulate: bool = False
     """Play all ranks inside this one process: any layout on a laptop, slowly."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -73,6 +76,7 @@ class Config:
     """Compile each transformer block with torch.compile: slow to start, faster to run."""
     weights: Path | None = None
     """Weights of the embedded model (safetensors); those of the package by default."""
+    shape: tyro.conf.OmitArgPrefixes[RandomShape] = field(default_factory=RandomShape)
     checkpoint: str | None = None
     """Wan: a folder in diffusers' layout or in Wan's own, or a Hugging Face id."""
     components: str | None = None
@@ -103,7 +107,7 @@ class Config:
     def flags(self) -> dict[str, object]:
         """Every flag and its value."""
         flat = dataclasses.asdict(self)
-        flat = {**flat.pop("request"), **flat}
+        flat = {**flat.pop("request"), **flat.pop("shape"), **flat}
         return {f"--{name.replace('_', '-')}": value for name, value in flat.items()}
 
     @property
@@ -121,6 +125,7 @@ class Config:
         return {
             "model": self.model,
             "checkpoint": self.checkpoint,
+            "strategy": self.strategy,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
             "compiled": self.compile,
             "simulated": self.simulate,
@@ -132,6 +137,8 @@ class Config:
         """The model, checked; the weights of a large one are read when they are needed."""
         if self.model == "digits":
             return DigitsModel.load(self.weights or WEIGHTS)
+        if self.model == "random":
+            return RandomModel(self.shape)
         assert self.checkpoint is not None
         return WanModel.open(
             self.checkpoint,
@@ -152,6 +159,8 @@ class Config:
         for flag, of in (("weights", "digits"), ("checkpoint", "wan"), ("components", "wan")):
             if getattr(self, flag) is not None and self.model != of:
                 raise InputError(f"--{flag}", f"is for --model {of}; this is --model {self.model}")
+        if self.shape != RandomShape() and self.model != "random":
+            raise InputError("--dim, --depth, --heads", f"are for --model random; this is --model {self.model}")
         if self.resume and (self.prompts is None or self.out is None):
             raise InputError("--resume", "goes on with a list: name it with --prompts, and its folder with --out")
         if self.overwrite and self.prompts is not None:
@@ -237,8 +246,10 @@ def main(arguments: list[str]) -> int:
             if config.simulate and layout.dp > 1:
                 raise InputError("--dp", "replicas do different things, which one process cannot play; leave out --dp")
         if world == 1 and layout.world_size > 1 and not config.simulate:
+            model = config.open_model()
+            check_strategy(model, layout, config.strategy)
             if entries is None:
-                prepare_request(config.open_model(), config.request, layout)
+                prepare_request(model, config.request, layout)
             if config.device_type == "cuda":
                 check_gpus(layout.world_size)
             print(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from meshdiff.mesh import Layout
 from meshdiff.pipeline import Pipeline
 from meshdiff.request import Request
 
-__all__ = ["RunMetrics", "Timer", "collect"]
+__all__ = ["PeakMemory", "RunMetrics", "Timer", "collect"]
 
 
 class Timer:
@@ -52,6 +54,38 @@ class Timer:
         return time.perf_counter()
 
 
+class PeakMemory:
+    """The most memory that this process holds from here on: of the GPU's allocator on CUDA, of the process on CPU.
+
+    Attributes:
+        start: bytes that it holds already: weights, and on a CPU all that was imported.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+        if device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets what `so_far` reads
+        self.start = self.so_far()
+
+    def so_far(self) -> int:
+        """Bytes."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        try:
+            return next(
+                1024 * int(line.split()[1])
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+        except (OSError, StopIteration):  # elsewhere: of the whole life of the process
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else peak * 1024
+
+
 @dataclass(frozen=True)
 class RunMetrics:
     """The contents of `metrics.json`."""
@@ -75,6 +109,8 @@ class RunMetrics:
     guidance_scale: float
     solver: str
     shift: float
+    strategy: str
+    """Of self-attention, as it was asked for."""
     dtype: str
     compiled: bool
     shard_weights: bool
@@ -84,7 +120,9 @@ class RunMetrics:
     seconds_by_stage: dict[str, float]
     seconds_per_step: list[float]
     peak_memory_bytes: list[int]
-    """For each rank of the replica: of the GPU's allocator on CUDA, of the process on CPU. One in a simulation."""
+    """For each rank of the replica, while it made the clip; see `PeakMemory`. One in a simulation."""
+    start_memory_bytes: list[int]
+    """What of that it held before."""
     comms: dict[str, dict[str, dict[str, int]]]
     """By mesh dim and collective: calls, and bytes one rank sent to others (of the rank that sent most)."""
     device: str
@@ -103,6 +141,7 @@ def collect(
     request: Request,
     layout: Layout,
     timer: Timer,
+    memory: PeakMemory,
     comms: CommsCounter,
     described: Mapping[str, Any],
 ) -> RunMetrics:
@@ -112,11 +151,11 @@ def collect(
         pipeline: which made the clip.
         request: with nothing left open.
         layout: the mesh's.
-        timer, comms: of the run.
+        timer, memory, comms: of the run.
         described: the other fields that the caller knows.
     """
     seconds, stages = timer.finish()
-    ranks = from_every_rank((_peak_memory(timer.device_type), comms.as_dict()), pipeline.mesh)
+    ranks = from_every_rank((memory.so_far(), memory.start, comms.as_dict()), pipeline.mesh)
     return RunMetrics(
         layout=asdict(layout),
         world_size=layout.world_size,
@@ -126,8 +165,9 @@ def collect(
         seconds_total=seconds,
         seconds_by_stage=stages,
         seconds_per_step=timer.steps,
-        peak_memory_bytes=[memory for memory, _ in ranks],
-        comms=_largest([traffic for _, traffic in ranks]),
+        peak_memory_bytes=[peak for peak, _, _ in ranks],
+        start_memory_bytes=[start for _, start, _ in ranks],
+        comms=_largest([traffic for _, _, traffic in ranks]),
         device=torch.cuda.get_device_name() if timer.device_type == "cuda" else _cpu_name(),
         threads_per_rank=torch.get_num_threads(),
     )
@@ -142,13 +182,6 @@ def _largest(ranks: list[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dic
                 most = merged.setdefault(dim, {}).setdefault(name, {"count": 0, "bytes": 0})
                 merged[dim][name] = {key: max(most[key], numbers[key]) for key in most}
     return merged
-
-
-def _peak_memory(device_type: str) -> int:
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 def _cpu_name() -> str:

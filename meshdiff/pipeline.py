@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from meshdiff.attention import MeshAttention
+from meshdiff.attention.choice import AUTO
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.errors import InputError
 from meshdiff.guidance import Combine, classifier_free, divide_branches, run_branches
@@ -22,7 +24,7 @@ from meshdiff.sampling import sample
 from meshdiff.simulation import on_each_rank, unwrap
 from meshdiff.streaming import Storage, Streamed, stream
 
-__all__ = ["Pipeline", "prepare_request"]
+__all__ = ["Pipeline", "check_strategy", "prepare_request"]
 
 
 def prepare_request(model: VideoModel, request: Request, layout: Layout) -> Request:
@@ -39,6 +41,17 @@ def prepare_request(model: VideoModel, request: Request, layout: Layout) -> Requ
     return request
 
 
+def check_strategy(model: VideoModel, layout: Layout, strategy: str) -> None:
+    """Raise `InputError` if the model's heads on this layout leave that strategy nothing to do."""
+    for transformer in model.transformers:
+        heads = transformer.config.heads
+        if strategy == "hybrid" and layout.cp > 1 and not 1 < math.gcd(heads, layout.cp) < layout.cp:
+            raise InputError(
+                "--strategy hybrid",
+                f"needs heads that some of the --cp ranks divide, and not all; {heads} heads are on {layout.cp} ranks",
+            )
+
+
 class Pipeline:
     """A model on a mesh.
 
@@ -51,6 +64,7 @@ class Pipeline:
             ranks of the mesh, and gathers the weights of a block at a time. Else
             every rank stores all of them: `cp` divides activations only.
         offload: weights lie in host memory and come to the device a block at a time.
+        strategy: of self-attention; see `meshdiff.attention`.
 
     Example:
         >>> mesh = init_mesh(Layout(cfg=1, cp=1))
@@ -67,12 +81,16 @@ class Pipeline:
         compile: bool = False,
         shard_weights: bool = False,
         offload: bool = False,
+        strategy: str = AUTO,
     ) -> None:
         self.model, self.mesh = model, replica(mesh)
         self.replica = mesh.get_local_rank(DP) if DP in (mesh.mesh_dim_names or ()) else 0
         device = torch.device(mesh.device_type)  # of a GPU, the one that `init_mesh` chose
         storage = Storage(device, self.mesh["cp"], ranks_of_replica(mesh) if shard_weights else None, offload)
         for expert, transformer in enumerate(model.transformers):
+            for module in transformer.modules():
+                if isinstance(module, MeshAttention):
+                    module.strategy = strategy
             if compile:
                 for block in transformer.blocks:
                     block.compile(fullgraph=True, dynamic=False)

@@ -91,6 +91,20 @@ def attention(
     return forward, backward
 
 
+def of_busiest(strategy: str, shape: tuple[int, int, int, int, int, int], ranks: int) -> Sent:
+    """What a simulation counts of an attention, forward: each call by the rank that sends most in it."""
+    if strategy == "gather":
+        return attention(strategy, shape, ranks, 0)[0]
+    batch, queries, keys, heads, kv_heads, head_dim = shape
+    q, k = chunk_sizes(queries, ranks), chunk_sizes(keys, ranks)
+    if strategy == "ring":
+        calls = [ring(k, kv_heads, rank, 1)[0] for rank in range(ranks)]
+    else:
+        calls = [ulysses(q, k, heads, kv_heads, rank, together=q == k)[0] for rank in range(ranks)]
+    most = [max(sizes) for sizes in zip(*calls, strict=True)]
+    return sent("all_to_all", len(most), batch * head_dim * FLOAT * sum(most))
+
+
 def attention_bytes(batch: int, seq: int, heads: int, head_dim: int, ranks: int, rank: int) -> int:
     """What one rank sends for one self-attention by ulysses, forward."""
     forward, _ = attention("ulysses", (batch, seq, seq, heads, heads, head_dim), ranks, rank)
@@ -98,7 +112,12 @@ def attention_bytes(batch: int, seq: int, heads: int, head_dim: int, ranks: int,
 
 
 def run_traffic(
-    layout: Layout, config: WanConfig, request: Request, branches: int, seq: int | None = None
+    layout: Layout,
+    config: WanConfig,
+    request: Request,
+    branches: int,
+    seq: int | None = None,
+    strategy: str = "ulysses",
 ) -> dict[str, dict[str, dict[str, int]]]:
     """The traffic of a whole run, of the rank that sends most in each collective; of `seq` tokens, or of pixels."""
     if seq is None:
@@ -112,19 +131,14 @@ def run_traffic(
             "all_gather": {"count": request.steps, "bytes": request.steps * slots * shard * (layout.cfg - 1)}
         }
     if layout.cp > 1:
-        layers = config.depth * request.steps
-        ranks = range(layout.cp)
-        traffic["cp"] = {
-            # The only gather of the sequence: the finished clip, once.
-            "all_gather": {"count": 1, "bytes": shard * (layout.cp - 1)},
-            "all_to_all": {"count": 2 * layers, "bytes": 0},
-        }
-        tokens, heads = chunk_sizes(seq, layout.cp), chunk_sizes(config.heads, layout.cp)
-        unit = slots * config.head_dim * FLOAT * layers
-        # The two exchanges are counted apart, each by its busiest rank.
-        qkv = max(3 * tokens[r] * (config.heads - heads[r]) for r in ranks)
-        out = max(heads[r] * (seq - tokens[r]) for r in ranks)
-        traffic["cp"]["all_to_all"]["bytes"] = unit * (qkv + out)
+        # The only gather of the sequence: the finished clip, once.
+        total = sent("all_gather", 1, shard * (layout.cp - 1))
+        one = of_busiest(strategy, (slots, seq, seq, config.heads, config.heads, config.head_dim), layout.cp)
+        for key, number in one.items():
+            total[key] += number * config.depth * request.steps
+        traffic["cp"] = {}
+        for (collective, kind), number in total.items():
+            traffic["cp"].setdefault(collective, {})[kind] = number
     return traffic
 
 

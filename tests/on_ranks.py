@@ -34,6 +34,12 @@ def layouts() -> dict:
     return results
 
 
+def hybrid() -> tuple:
+    """A clip by the hybrid strategy, the sequence divided by all ranks, and every rank's traffic."""
+    video, comms = make(Layout(1, dist.get_world_size()), 2, strategy="hybrid")
+    return video, from_every_rank(comms)
+
+
 def compiled() -> tuple:
     """A clip of compiled blocks, the sequence divided by all ranks, and every rank's traffic."""
     video, comms = make(Layout(1, dist.get_world_size()), 2, compile=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 
 import pytest
 import torch
-from contract import of_rank, run_traffic
+from contract import attention, of_rank, run_traffic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 from tiny import REQUEST, TOKENS, make, tiny_model
 
-from meshdiff import DigitsModel, Layout, Pipeline, Request, init_mesh, simulate
+from meshdiff import DigitsModel, InputError, Layout, Pipeline, Request, init_mesh, simulate
+from meshdiff.pipeline import check_strategy
 from meshdiff.simulation import on_each_rank
 
 TOLERANCE = 1e-5
@@ -63,6 +65,32 @@ def test_shipped_weights_agree_to_the_bit_where_shards_are_awkward():
             return Pipeline(DigitsModel.load(), init_mesh(layout, "cpu")).generate(request)
 
     assert torch.equal(clip(Layout(1, 3)), clip(Layout()))
+
+
+@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather"])
+def test_a_run_takes_the_strategy_that_is_asked_for(strategy):
+    with simulate(3):
+        video, comms = make(Layout(1, 3), 2, strategy=strategy)
+    torch.testing.assert_close(video, on_one_device(REQUEST, 2, 6), rtol=0, atol=TOLERANCE)
+    assert comms == run_traffic(Layout(1, 3), tiny_model().config, REQUEST, 2, strategy=strategy)
+
+
+def test_hybrid_on_real_ranks_agrees_and_keeps_the_contract(tmp_path):
+    video, ranks = run_on_ranks("hybrid", 4, tmp_path)
+    torch.testing.assert_close(video, on_one_device(REQUEST, 2, 6), rtol=0, atol=TOLERANCE)
+    config = tiny_model().config
+    for rank, traffic in enumerate(ranks):
+        shape = (2, TOKENS, TOKENS, config.heads, config.heads, config.head_dim)
+        sent, _ = attention("hybrid", shape, 4, rank)
+        assert traffic["cp"]["all_to_all"] == {
+            kind: sent["all_to_all", kind] * config.depth * REQUEST.steps for kind in ("count", "bytes")
+        }
+
+
+@pytest.mark.parametrize(("cp", "fits"), [(1, True), (3, False), (4, True), (5, False), (6, False)])
+def test_hybrid_needs_heads_that_some_ranks_divide(cp, fits):
+    with nullcontext() if fits else pytest.raises(InputError, match=f"--strategy hybrid: .* 6 heads are on {cp} ranks"):
+        check_strategy(tiny_model(heads=6), Layout(1, cp), "hybrid")
 
 
 REAL = {2: [(2, 1), (1, 2)], 3: [(1, 3), (3, 1)], 4: [(2, 2), (1, 4)], 8: [(2, 4)]}

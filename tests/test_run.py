@@ -53,11 +53,18 @@ def test_a_run_writes_everything_it_promises(one_process):
     assert metrics["guidance_scale"] == 4.0
     assert len(metrics["seconds_per_step"]) == 2
     assert metrics["seconds_total"] > sum(metrics["seconds_per_step"]) * 0.99
-    assert len(metrics["peak_memory_bytes"]) == 1
+    assert len(metrics["peak_memory_bytes"]) == len(metrics["start_memory_bytes"]) == 1
+    assert 2**20 < metrics["start_memory_bytes"][0] <= metrics["peak_memory_bytes"][0] < 2**33
     assert metrics["comms"] == {}
     assert metrics["torch_version"] == torch.__version__
     assert metrics["meshdiff_version"]
     assert metrics["device"]
+
+
+def test_a_model_of_any_size_can_be_drawn(tmp_path):
+    shape = ("--model", "random", "--dim", "48", "--depth", "1", "--heads", "4", "--width", "64")
+    assert main([*SMALL, *shape, "--out", str(tmp_path / "run")]) == 0
+    assert video(tmp_path / "run").shape == (8, 1, 32, 64)
 
 
 def test_torchrun_turns_guidance_parallelism_on_and_gives_the_same_clip(one_process, tmp_path):
@@ -108,6 +115,8 @@ def test_simulated_ranks_give_the_same_clip(one_process, tmp_path):
 
 
 BAD = [
+    ("--depth", "0"),
+    ("--heads", "7"),
     ("--prompt", "a 7 moving sideways"),
     ("--prompt", "an eleven moving left"),
     ("--prompt", ""),

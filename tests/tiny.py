@@ -26,7 +26,7 @@ def combine(velocities: torch.Tensor) -> torch.Tensor:
     return sum(weight * branch for weight, branch in zip(weights, velocities.split(1), strict=True))
 
 
-def make(layout: Layout, branches: int, request: Request = REQUEST, heads: int = 6, **options: bool):
+def make(layout: Layout, branches: int, request: Request = REQUEST, heads: int = 6, **options: bool | str):
     """A clip on a mesh of that layout, and what was sent; run it inside `simulate` or on real ranks."""
     mesh = init_mesh(layout, "cpu")
     pipeline = Pipeline(tiny_model(heads), mesh, **options)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.models.digits import DigitsModel
+from meshdiff.models.random import RandomModel, RandomShape
 from meshdiff.models.wan_t2v import WanModel, WanRequest
 from meshdiff.request import Request
 from meshdiff.sampling import Solver
 
-__all__ = ["DigitsModel", "Transformer", "VideoModel", "WanModel", "WanRequest"]
+__all__ = ["DigitsModel", "RandomModel", "RandomShape", "Transformer", "VideoModel", "WanModel", "WanRequest"]
 
 
 class Transformer(Protocol):
     """Tokens and time to velocity; a `torch.nn.Module` with these as well.
 
-    `blocks` is a list of modules; `order` the names of its modules as
+    `config.heads` are its attention heads; `blocks` is a list of modules; `order` the names of its modules as
     `encode_text` needs them and as `forward(x, time, context, rope)` does.
     """
 
+    config: Any
     blocks: nn.ModuleList
     order: tuple[list[str], list[str]]
 

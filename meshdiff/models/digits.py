@@ -71,9 +71,7 @@ class DigitsModel:
 
     def prepare(self, request: Request) -> Request:
         """The request itself; raises `InputError` for a prompt or a size that the model cannot do."""
-        if parse_prompt(request.prompt) == Prompt():
-            raise InputError("--prompt", f"{request.prompt!r} names neither a digit nor a direction nor a speed")
-        parse_prompt(request.negative_prompt, "--negative-prompt")
+        self.check_prompts(request)
         for (name, (smallest, largest)), patch in zip(self.SIZES.items(), self.config.patch, strict=True):
             size = getattr(request, name)
             if size % patch or not smallest <= size <= largest:
@@ -87,6 +85,12 @@ class DigitsModel:
                 "--frames", f"{request.frames} given; on a canvas of {canvas} this model makes {frames} at most"
             )
         return request
+
+    def check_prompts(self, request: Request) -> None:
+        """Raise `InputError` for a prompt that says nothing, or that has unknown words."""
+        if parse_prompt(request.prompt) == Prompt():
+            raise InputError("--prompt", f"{request.prompt!r} names neither a digit nor a direction nor a speed")
+        parse_prompt(request.negative_prompt, "--negative-prompt")
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """Tokens of the clip along (frames, rows, columns)."""
