@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from meshdiff.models import VideoModel
 from meshdiff.output import COMPLETE, output_folder
 from meshdiff.pipeline import Pipeline, check_strategy, prepare_request
 from meshdiff.request import Request
-from meshdiff.requests import Entry, read_requests
+from meshdiff.requests import Entry
 from meshdiff.simulation import simulate
 
 if TYPE_CHECKING:
@@ -129,11 +130,10 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
     table = Table(show_header=False, title=Text(metrics.prompt), title_style="bold")
     layout = ", ".join(f"{name} {size}" for name, size in metrics.layout.items() if name != "dp")
     played = " (simulated)" if metrics.simulated else ""
-    ordered = sorted(metrics.seconds_per_step)
     stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in metrics.seconds_by_stage.items())
     table.add_row("layout", f"{layout}: {metrics.world_size} rank{'s' * (metrics.world_size > 1)}{played}")
     table.add_row("device", f"{metrics.device}, {metrics.threads_per_rank} threads a rank, {metrics.dtype}")
-    table.add_row("time", f"{metrics.seconds_total:.2f} s, median step {ordered[len(ordered) // 2] * 1000:.0f} ms")
+    table.add_row("time", f"{metrics.seconds_total:.2f} s, median step {metrics.median_seconds_per_step * 1000:.0f} ms")
     table.add_row("", stages)
     peak, start = (max(ranks) / 2**20 for ranks in (metrics.peak_memory_bytes, metrics.start_memory_bytes))
     table.add_row("memory", f"peak {peak:.0f} MiB a rank, {start:.0f} MiB of it before the clip")
@@ -191,8 +191,8 @@ def make_clip(config: Config, layout: Layout) -> None:
         console.print(summary(metrics, out))
 
 
-def read_list(config: Config, first: bool) -> list[Entry]:
-    """The entries of `--prompts`, on every rank; only the first reads standard input, which the others do not have.
+def read_list(config: Config, first: bool) -> str:
+    """The text of `--prompts`, on every rank; only the first reads standard input, which the others do not have.
 
     Raises:
         InputError: if there is no such list, or nothing in it.
@@ -207,10 +207,21 @@ def read_list(config: Config, first: bool) -> list[Entry]:
     text, error = from_every_rank((text, error))[0] if config.prompts == "-" else (text, error)
     if error is not None:
         raise error
-    entries = read_requests(text, config.request)
-    if not entries:
+    if not text.strip():
         raise InputError("--prompts", f"{config.prompts} holds no request; write a prompt on each line")
-    return entries
+    return text
+
+
+@contextlib.contextmanager
+def list_for_ranks(config: Config, text: str | None) -> Iterator[list[str]]:
+    """Flags that give ranks which are yet to be started a list that was read from standard input, and is read."""
+    if config.prompts != "-" or text is None:
+        yield []
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "standard-input"
+        path.write_text(text, errors="surrogateescape")
+        yield ["--prompts", str(path)]
 
 
 def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
@@ -229,9 +240,9 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
                 console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
     # The longest first: what replicas do last, while others may have nothing left to do, is then short.
     left = sorted(from_every_rank(left)[0], key=lambda entry: -work(model, ready[entry]))
-    start, failures = time.perf_counter(), Counter("failures")
+    failures = Counter("failures")
     with started(config, layout, model) as pipeline, progress_bar(console) as progress:
-        first = is_first_rank(pipeline.mesh)
+        start, first = time.perf_counter(), is_first_rank(pipeline.mesh)
         together = Together(progress, first, len(left), sum(ready[entry].steps for entry in left))
         with wandb_of_list(config, layout, out, first and bool(left)) as wandb_run:
             for item in take_turns(pipeline.mesh, len(left), Counter("next")):
@@ -244,9 +255,9 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
                         Record(entry.line, entry.name, "failed", str(error), replica=pipeline.replica).append(out)
                 together.finished_one()
         together.wait()
+        seconds = time.perf_counter() - start
     failed = len(refused) + failures.add(0)
     if is_first_rank():
-        seconds = time.perf_counter() - start
         console.print(f"{len(left)} requests in {seconds:.1f} s; {failed} of {len(entries)} failed: {out / RESULTS}")
     return 1 if failed else 0
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 import tyro
-from clips import make_clip, make_clips, read_list
+from clips import list_for_ranks, make_clip, make_clips, read_list
 
 from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank, is_of_collective
 from meshdiff.errors import InputError
@@ -34,6 +34,7 @@ from meshdiff.models import DigitsModel, RandomModel, RandomShape, VideoModel, W
 from meshdiff.models.digits import WEIGHTS
 from meshdiff.pipeline import check_strategy, prepare_request
 from meshdiff.request import Request
+from meshdiff.requests import read_requests
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,9 @@ def main(arguments: list[str]) -> int:
         check_same(config.flags())
         torch.set_num_threads(config.threads)
         with agreed():
-            entries = None if config.prompts is None else read_list(config, is_first_rank())
-            requests = 1 if entries is None else max(1, len(entries))
+            text = None if config.prompts is None else read_list(config, is_first_rank())
+            entries = None if text is None else read_requests(text, config.request)
+            requests = 1 if entries is None else len(entries)
             layout = Layout.resolve(world, config.branches, config.cfg, config.cp, config.dp, requests)
             if config.simulate and layout.dp > 1:
                 raise InputError("--dp", "replicas do different things, which one process cannot play; leave out --dp")
@@ -255,7 +257,8 @@ def main(arguments: list[str]) -> int:
             print(
                 f"starting {layout.world_size} ranks on this machine, as would: {torchrun_command(layout)}", flush=True
             )
-            return start_ranks(layout.world_size, os.path.abspath(__file__), arguments)
+            with list_for_ranks(config, text) as changed:
+                return start_ranks(layout.world_size, os.path.abspath(__file__), [*arguments, *changed])
         if entries is None:
             make_clip(config, layout)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -119,6 +120,8 @@ class RunMetrics:
     """From prompt to frames, loading of the transformer and writing excluded."""
     seconds_by_stage: dict[str, float]
     seconds_per_step: list[float]
+    median_seconds_per_step: float
+    """The first step, which meets everything for the first time, left out."""
     peak_memory_bytes: list[int]
     """For each rank of the replica, while it made the clip; see `PeakMemory`. One in a simulation."""
     start_memory_bytes: list[int]
@@ -165,6 +168,7 @@ def collect(
         seconds_total=seconds,
         seconds_by_stage=stages,
         seconds_per_step=timer.steps,
+        median_seconds_per_step=statistics.median(timer.steps[1:] or timer.steps),
         peak_memory_bytes=[peak for peak, _, _ in ranks],
         start_memory_bytes=[start for _, start, _ in ranks],
         comms=_largest([traffic for _, _, traffic in ranks]),

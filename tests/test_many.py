@@ -108,6 +108,18 @@ def test_a_killed_run_goes_on_where_it_was(whom, alone, tmp_path):
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "python"])
+def test_standard_input_reaches_ranks_that_are_yet_to_be_started(launcher, tmp_path):
+    command = [sys.executable, SCRIPT, "--cfg", "2"]
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
+    flags = [*FLAGS, "--steps", "1", "--prompts", "-", "--dp", "1", "--out", str(tmp_path / "out")]
+    process = subprocess.run([*command, *flags], input=LIST.encode(), capture_output=True, timeout=120)
+    assert sorted(clips(tmp_path / "out")) == sorted(NAMES), process.stderr
+    assert records(tmp_path / "out").keys() == {*NAMES, *FAILED}
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
 def ranks_of(word: str) -> list[int]:
     """Processes that run the script itself with that among their arguments."""
     found = []

@@ -28,7 +28,8 @@ def pictures(notebook) -> int:
 def test_a_notebook_runs_and_says_what_it_says(path):
     stored = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
-    NotebookClient(fresh, timeout=300, kernel_name="python3").execute()
+    here = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(fresh, timeout=300, kernel_name="python3", resources=here).execute()
     assert any(printed(stored))
     assert printed(fresh) == printed(stored)
     assert pictures(fresh) == pictures(stored) > 0

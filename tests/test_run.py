@@ -9,11 +9,9 @@ import re
 import shlex
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ import torch
 from ranks import torchrun
 from run import main
 from safetensors.torch import load_file
-from wandb.proto import wandb_internal_pb2
+from wandb_log import read_log
 
 SCRIPT = str(Path(__file__).parent.parent / "experiments" / "run.py")
 SMALL = ("--frames", "8", "--steps", "2", "--wandb", "disabled")
@@ -251,35 +249,12 @@ def test_a_signal_ends_the_ranks_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def wandb_records(log: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """The records of a W&B file: LevelDB's log format, after a header of 7 bytes."""
-    data, block = log.read_bytes(), 32768
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        if block - position % block < 7:  # what is left of a block is too small for a header
-            position += block - position % block
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part of one
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
 def test_wandb_logs_offline_what_the_metrics_say(tmp_path):
     out = tmp_path / "run"
     assert main(["--frames", "8", "--steps", "2", "--out", str(out)]) == 0
-    (log,) = (out / "wandb").glob("offline-run-*/*.wandb")
-    summary, config, steps = {}, {}, 0
-    for record in wandb_records(log):
-        for item in record.summary.update:
-            summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        for item in record.run.config.update:
-            config[item.key] = json.loads(item.value_json)
-        steps += any((item.key or item.nested_key[0]) == "seconds_per_step" for item in record.history.item)
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert summary["seconds_total"] == metrics["seconds_total"]
-    assert "video" in {key.split("/")[0] for key in summary}
-    assert config["prompt"] == "a 7 moving left"
-    assert steps == 2
+    (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
+    log, metrics = read_log(path), json.loads((out / "metrics.json").read_text())
+    assert log.summary["seconds_total"] == metrics["seconds_total"]
+    assert "video" in {key.split("/")[0] for key in log.summary}
+    assert log.config["prompt"] == "a 7 moving left"
+    assert len(log.history["seconds_per_step"]) == 2

@@ -51,7 +51,7 @@ class RandomModel(DigitsModel):
             super().__init__(VideoDiT(config).eval().requires_grad_(False))
 
     def prepare(self, request: Request) -> Request:
-        """The request itself; raises `InputError` for a prompt that says nothing, or a size that patches do not divide."""
+        """The request itself; raises `InputError` for a prompt that says nothing or a size that is no whole patches."""
         self.check_prompts(request)
         for name, patch in zip(self.SIZES, self.config.patch, strict=True):
             if getattr(request, name) % patch:

@@ -1,0 +1,263 @@
+"""Time layouts side by side on this machine, each in processes of its own, and draw what comes out.
+
+Every layout of 1, 2, 4, ... ranks:   python experiments/sweep.py
+Those that run.py would choose:       python experiments/sweep.py --world-sizes 1 8 --layouts auto
+Of Wan:                               python experiments/sweep.py --model wan --checkpoint FOLDER --frames 17 33
+Go on, or add sizes and repeats:      python experiments/sweep.py --out runs/sweep --resume --repeats 5
+
+A cell is a layout and a number of frames. Each measurement of a cell is a torchrun of run.py that makes one clip for
+each replica. Cells take turns, so that a slow hour of the machine disturbs all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import run
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from sweep_cells import Cell, Row, measure, read_rows, write_rows
+from sweep_report import draw, log_to_wandb, summary, write_tables
+
+from meshdiff.errors import InputError
+from meshdiff.mesh import Layout
+from meshdiff.models import VideoModel
+from meshdiff.pipeline import check_strategy, prepare_request
+
+RESULTS = "results.csv"
+ASKED = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time layouts side by side on this machine, and draw what comes out."""
+
+    world_sizes: tuple[int, ...] = ()
+    """Numbers of ranks; by default 1, 2, 4, ... up to the number of GPUs, or of cores."""
+    layouts: Literal["all", "auto"] = "all"
+    """all: every dp x cfg x cp of as many ranks, by each strategy; auto: the one that run.py would choose."""
+    strategies: tuple[Literal["ulysses", "ring", "gather", "hybrid"], ...] = ("ulysses", "ring", "gather", "hybrid")
+    """Of attention, for layouts that divide the sequence; those that do not fit the heads are left out."""
+    frames: tuple[int, ...] = (8, 16)
+    """Frames of the clips; a set of cells for each."""
+    height: int | None = None
+    """Height in pixels; by default 64 for --model random, else what run.py takes."""
+    width: int | None = None
+    """Width in pixels; likewise."""
+    steps: int = 4
+    """Sampling steps of a clip; the time of a cell is that of the median step."""
+    guidance_scale: float | None = None
+    """1 turns guidance off, and leaves --cfg nothing to divide; by default what run.py takes."""
+    model: Literal["random", "digits", "wan"] = "random"
+    """Embedded digits are too small a model to gain by more ranks; random weights can be of any size."""
+    checkpoint: str | None = None
+    """Of --model wan. A small one: python experiments/make_tiny_wan.py --out tiny-wan"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs if there are any."""
+    run_flags: str = ""
+    """More flags for run.py, as one word: --run-flags="--dim 1024 --compile"."""
+    repeats: int = 3
+    """Measurements of each cell."""
+    oversubscribe: bool = False
+    """Allow more ranks than there are cores or GPUs; they are marked in all that is written."""
+    timeout: int = 1800
+    """Seconds after which a measurement is given up and counts as failed."""
+    out: Path | None = None
+    """Folder to write; runs/<time>-sweep by default."""
+    resume: bool = False
+    """Go on with the sweep in --out: what is measured stays, what failed is tried again."""
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    """Weights & Biases: a run for each cell, all in one group; offline logs into --out and needs no account."""
+    wandb_project: str = "meshdiff"
+    """Weights & Biases project."""
+
+    @property
+    def places(self) -> int:
+        """How many ranks this machine has room for."""
+        return torch.cuda.device_count() if self.on_gpus else len(os.sched_getaffinity(0))
+
+    @property
+    def on_gpus(self) -> bool:
+        return self.device != "cpu" and torch.cuda.is_available()
+
+    def described_places(self) -> str:
+        one = "GPU" if self.on_gpus else "core"
+        return f"{self.places} {one}{'s' * (self.places > 1)}"
+
+    def check(self) -> None:
+        """Raise `InputError` for what cannot be swept."""
+        for name in ("world_sizes", "frames", "steps", "repeats", "timeout"):
+            given = getattr(self, name)
+            if any(number < 1 for number in (given if isinstance(given, tuple) else [given])):
+                raise InputError(f"--{name.replace('_', '-')}", f"{given} given, needs at least 1")
+        for name in ("frames", "strategies"):
+            if not getattr(self, name):
+                raise InputError(f"--{name}", "needs at least one")
+        too_many = [size for size in self.world_sizes if size > self.places]
+        if too_many and not self.oversubscribe:
+            raise InputError(
+                "--world-sizes",
+                f"{too_many[0]} ranks would share {self.described_places()}, so that their times say nothing about "
+                "scaling; leave it out, or add --oversubscribe",
+            )
+        if self.resume and self.out is None:
+            raise InputError("--resume", "goes on with a sweep; name its folder with --out")
+
+    def sizes(self) -> list[int]:
+        """World sizes, in order."""
+        return sorted(set(self.world_sizes)) or [2**n for n in range(self.places.bit_length())]
+
+    def flags(self, cell: Cell) -> list[str]:
+        """Those of run.py for a cell."""
+        pixels = 64 if self.model == "random" else None
+        given = {
+            "model": self.model,
+            "checkpoint": self.checkpoint,
+            "height": self.height or pixels,
+            "width": self.width or pixels,
+            "guidance-scale": self.guidance_scale,
+            "steps": self.steps,
+            "device": self.device,
+            "wandb": "disabled",
+            **cell.flags(),
+        }
+        try:
+            more = shlex.split(self.run_flags)
+        except ValueError as error:
+            raise InputError("--run-flags", f"{self.run_flags!r} given ({error})") from error
+        return [*more, *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+
+    def same_for_all(self) -> dict[str, object]:
+        """What must not change when a sweep goes on, for its numbers are compared."""
+        free = ("world_sizes", "layouts", "strategies", "frames", "repeats", "oversubscribe", "timeout", "out")
+        free += ("resume", "wandb", "wandb_project")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
+
+def all_cells(config: Config) -> list[Cell]:
+    """Every cell that run.py can do, with each world size together.
+
+    Raises:
+        InputError: if it cannot do the clips even on one rank.
+    """
+    found = []
+    for frames in dict.fromkeys(config.frames):
+        alone = run.parse(config.flags(Cell(Layout(), "auto", frames)))
+        model = alone.open_model()
+        prepare_request(model, alone.request, Layout())
+        for size in config.sizes():
+            for layout in layouts_of(config, size, alone.branches):
+                strategies = config.strategies if layout.cp > 1 and config.layouts == "all" else ("auto",)
+                found += [Cell(layout, s, frames) for s in strategies if fits(model, alone, layout, s)]
+    if not found:
+        raise InputError("--world-sizes", "no layout of that many ranks can do these clips; add 1")
+    return found
+
+
+def layouts_of(config: Config, size: int, branches: int) -> list[Layout]:
+    """Those of a world size."""
+    if config.layouts == "auto":
+        return [Layout.auto(size, guided=branches > 1)]
+    return [
+        Layout(cfg=cfg, cp=size // dp // cfg, dp=dp)
+        for dp in range(1, size + 1)
+        for cfg in range(1, branches + 1)
+        if size % (dp * cfg) == 0
+    ]
+
+
+def fits(model: VideoModel, alone: run.Config, layout: Layout, strategy: str) -> bool:
+    """Whether there is something for every rank to do."""
+    try:
+        prepare_request(model, alone.request, layout)
+        check_strategy(model, layout, strategy)
+    except InputError:
+        return False
+    return True
+
+
+def begin(config: Config, out: Path) -> list[Row]:
+    """Make the folder of a sweep, or go on in it; returns what is measured already."""
+    asked = json.loads(json.dumps(config.same_for_all()))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / ASKED).is_file():
+            raise InputError("--out", f"{out} holds what is no sweep; name another folder")
+        if not config.resume:
+            raise InputError("--out", f"{out} holds a sweep already; name another folder, or add --resume")
+        before = json.loads((out / ASKED).read_text())
+        for name, value in asked.items():
+            if before.get(name) != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(flag, f"{value!r} given, and the sweep in {out} has {before.get(name)!r}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ASKED).write_text(json.dumps(asked, indent=2) + "\n")
+        kept = [row for row in read_rows(out / RESULTS) if row.status == "ok"] if (out / RESULTS).is_file() else []
+        write_rows(out / RESULTS, kept)
+    except OSError as error:
+        raise InputError("--out", f"{out} cannot be written ({error.strerror or error})") from error
+    return kept
+
+
+def measure_all(config: Config, cells: list[Cell], rows: list[Row], out: Path, console: Console) -> list[Row]:
+    """Measure what is still missing, a turn of all cells after the other."""
+    done = {(row.cell, row.repeat) for row in rows}
+    turns = [(cell, n) for n in range(config.repeats) for cell in cells if (cell, n) not in done]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(turns))
+        for cell, repeat in turns:
+            progress.update(task, description=str(cell))
+            shared = cell.layout.world_size > config.places
+            known = {"repeat": repeat, "oversubscribed": shared, "places": config.described_places()}
+            row = measure(cell, config.flags(cell), known, out, config.timeout)
+            rows = [*rows, row]
+            write_rows(out / RESULTS, rows)
+            if row.status == "failed":
+                progress.console.print(f"{cell} failed: {row.error}", markup=False)
+            progress.advance(task)
+    return rows
+
+
+def main(config: Config) -> int:
+    """Measure, write, draw; returns 1 if a measurement failed."""
+    console = Console()
+    config.check()
+    out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-sweep"
+    cells = all_cells(config)
+    rows = begin(config, out)
+    console.print(f"{len(cells)} cells x {config.repeats} in {out}, on {config.described_places()}")
+    rows = measure_all(config, cells, rows, out, console)
+    if any(row.status == "ok" for row in rows):
+        write_tables(rows, out)
+        draw(rows, out)
+        log_to_wandb(rows, out, config.wandb, config.wandb_project)
+        console.print(summary(rows))
+    failed = sum(row.status == "failed" for row in rows)
+    console.print(f"{len(rows) - failed} measurements, {failed} failed; tables and plots are in {out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        sys.exit(main(tyro.cli(Config, description=__doc__)))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        with contextlib.suppress(BrokenPipeError):
+            print("stopped; go on with --resume", file=sys.stderr)
+        sys.exit(130)
