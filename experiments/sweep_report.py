@@ -196,17 +196,28 @@ def _figure(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _lines(cells: pd.DataFrame, column: str) -> dict[str, pd.DataFrame]:
+def _lines(cells: pd.DataFrame, column: str, largest: bool) -> dict[str, pd.DataFrame]:
     """For each series its cells, one for each world size: the best, from the one that all start at."""
     start = cells[cells.world_size == cells.world_size.min()].nlargest(1, "speed_up")
     lines = {}
     for series in COLORS:
         own = cells[cells.series == series]
         if len(own):
-            best = own.loc[own.groupby("world_size")[column].idxmax()]
+            by_size = own.groupby("world_size")[column]
+            best = own.loc[by_size.idxmax() if largest else by_size.idxmin()]
             missing = start[~start.world_size.isin(best.world_size)]
             lines[series] = pd.concat([missing, best]).sort_values("world_size")
     return lines
+
+
+def _legend(figure: Figure, grid: np.ndarray) -> None:
+    """One for all panels, which need not have the same lines."""
+    found = {}
+    for axes in grid.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    order = [label for label in ("ideal", "1/N", *COLORS) if label in found]
+    figure.legend([found[label] for label in order], order, fontsize=8, loc="outside right center")
 
 
 def _ranks_axis(axes: Axes, sizes: Iterable[int]) -> None:
@@ -236,7 +247,7 @@ def plot_scaling(cells: pd.DataFrame) -> Figure:
     for (top, bottom), frames in zip(grid.T, all_frames, strict=True):
         top.plot(sizes, sizes, "--", color="0.5", label="ideal")
         bottom.axhline(100, ls="--", color="0.5")
-        for series, line in _lines(cells[cells.frames == frames], "speed_up").items():
+        for series, line in _lines(cells[cells.frames == frames], "speed_up", largest=True).items():
             spread = np.array([line.speed_up - line.slowest, line.fastest - line.speed_up])
             _points(top, line, line.speed_up, series, spread)
             _points(bottom, line, 100 * line.efficiency, series, 100 * spread / line.world_size.to_numpy())
@@ -247,7 +258,7 @@ def plot_scaling(cells: pd.DataFrame) -> Figure:
         bottom.set_ylim(0, 125)
         for axes in (top, bottom):
             _ranks_axis(axes, sizes)
-    grid[0, 0].legend(fontsize=7, loc="upper left")
+    _legend(figure, grid)
     return figure
 
 
@@ -261,13 +272,13 @@ def plot_memory(cells: pd.DataFrame) -> Figure:
         own = own.assign(held=(own.peak_memory_bytes - own.start_memory_bytes) / 2**20)
         first = own[own.world_size == sizes[0]].held.max()
         axes.plot(sizes, first * sizes[0] / sizes, "--", color="0.5", label="1/N")
-        for series, line in _lines(own, "held").items():
+        for series, line in _lines(own, "held", largest=False).items():
             _points(axes, line, line.held, series)
         axes.set_ylim(0)
         axes.set_title(f"{frames} frames, beyond {own.start_memory_bytes.median() / 2**20:.0f} MiB before", fontsize=10)
         axes.set_ylabel("MiB")
         _ranks_axis(axes, sizes)
-    grid[0, 0].legend(fontsize=7, loc="lower left")
+    _legend(figure, grid)
     return figure
 
 
