@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sweep_cells import Cell, Row, measure, read_rows, write_rows
+from sweep_cells import CLIPS, Cell, Row, measure, read_rows, write_rows
 from sweep_report import draw, log_to_wandb, summary, write_tables
 
 from meshdiff.errors import InputError
@@ -203,6 +204,8 @@ def begin(config: Config, out: Path) -> list[Row]:
                 raise InputError(flag, f"{value!r} given, and the sweep in {out} has {before.get(name)!r}")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob(f"{CLIPS}*"):  # of a sweep that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         (out / ASKED).write_text(json.dumps(asked, indent=2) + "\n")
         kept = [row for row in read_rows(out / RESULTS) if row.status == "ok"] if (out / RESULTS).is_file() else []
         write_rows(out / RESULTS, kept)

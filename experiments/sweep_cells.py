@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +21,8 @@ from meshdiff.batch import RESULTS
 from meshdiff.mesh import Layout
 from meshdiff.output import COMPLETE
 
+CLIPS = ".clips-"
+"""How the folders of clips begin that are yet to be read, and then removed."""
 RUN = str(Path(__file__).with_name("run.py"))
 
 
@@ -129,9 +132,8 @@ def measure(cell: Cell, flags: Sequence[str], known: Mapping[str, Any], folder: 
     layout = cell.layout
     known = {**known, **asdict(layout), "world_size": layout.world_size}
     known |= {"strategy": cell.strategy, "frames": cell.frames}
-    clips, log = folder / f".{cell}", folder / f"failed-{cell}-{known['repeat']}.log"
-    shutil.rmtree(clips, ignore_errors=True)
-    clips.mkdir()
+    log = folder / f"failed-{cell}-{known['repeat']}.log"
+    clips = Path(tempfile.mkdtemp(prefix=CLIPS, dir=folder))
     try:
         code, printed = _torchrun(layout.world_size, [*flags, *_list_of_clips(clips, layout.dp)], timeout)
         log.unlink(missing_ok=True)

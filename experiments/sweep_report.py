@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -41,15 +41,18 @@ COLORS = {
 def medians(rows: Iterable[Row]) -> pd.DataFrame:
     """A line for each cell: medians over its measurements, and what it gains.
 
-    `speed_up` compares clips a second with those of the fewest ranks in the same turn, which count as ideal; it has
-    the median over turns and, as `slowest` and `fastest`, the range. `efficiency` is that by ranks.
+    `speed_up` compares clips a second with those of the fewest ranks that could make clips of as many frames, which
+    count as ideal, in the same turn. It is the median over turns; `slowest` and `fastest` are the range. `efficiency`
+    is that by ranks.
     """
     measured = pd.DataFrame([asdict(row) for row in rows if row.status == "ok"])
     measured["seconds"] = measured.seconds_per_step / measured.dp  # of a step of one clip, on average
-    fewest = measured[measured.world_size == measured.world_size.min()]
-    base = fewest.groupby(["frames", "repeat"], as_index=False).seconds.min()
-    measured = measured.merge(base, on=["frames", "repeat"], how="left", suffixes=("", "_base"))
-    measured["speed_up"] = measured.world_size.min() * measured.seconds_base / measured.seconds
+    fewest = measured.groupby("frames").world_size.transform("min")
+    first = measured[measured.world_size == fewest]
+    in_turn = first.groupby(["frames", "repeat"]).seconds.min()
+    usual = first.groupby("frames").seconds.median()  # for a turn in which it failed
+    base = [in_turn.get((row.frames, row.repeat), usual[row.frames]) for row in measured.itertuples()]
+    measured["speed_up"] = fewest * base / measured.seconds
     numbers = ["seconds_per_step", "seconds_per_clip", "start_memory_bytes", "peak_memory_bytes", *TRAFFIC, "speed_up"]
     grouped = measured.groupby(CELL)
     cells = (
@@ -173,7 +176,6 @@ def summary(rows: Sequence[Row]) -> Table:
 
 def draw(rows: Sequence[Row], out: Path) -> None:
     """Write all plots as PNG files."""
-    matplotlib.use("agg")
     cells = medians(rows)
     for name, plot in PLOTS.items():
         figure = plot(cells)
@@ -270,8 +272,9 @@ def plot_memory(cells: pd.DataFrame) -> Figure:
     for axes, frames in zip(grid[0], all_frames, strict=True):
         own = cells[cells.frames == frames]
         own = own.assign(held=(own.peak_memory_bytes - own.start_memory_bytes) / 2**20)
-        first = own[own.world_size == sizes[0]].held.max()
-        axes.plot(sizes, first * sizes[0] / sizes, "--", color="0.5", label="1/N")
+        fewest = own.world_size.min()
+        most = own[own.world_size == fewest].held.max()
+        axes.plot(sizes, most * fewest / sizes, "--", color="0.5", label="1/N")
         for series, line in _lines(own, "held", largest=False).items():
             _points(axes, line, line.held, series)
         axes.set_ylim(0)
@@ -336,6 +339,8 @@ PLOTS = {"scaling": plot_scaling, "memory": plot_memory, "traffic": plot_traffic
 def log_to_wandb(rows: Sequence[Row], out: Path, mode: str, project: str) -> None:
     """A run for each cell, in the group that is named as the folder; measurements are its steps, medians its summary.
 
+    What a sweep that goes on has logged already, of as many measurements, is not logged again.
+
     Raises:
         InputError: if W&B cannot be reached.
     """
@@ -343,20 +348,28 @@ def log_to_wandb(rows: Sequence[Row], out: Path, mode: str, project: str) -> Non
         return
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+    constant = [field.name for field in dataclasses.fields(Row) if field.name not in ("repeat", "status", "error")]
     for cell in medians(rows).to_dict("records"):
         own = [row for row in rows if row.status == "ok" and all(getattr(row, key) == cell[key] for key in CELL)]
         name = str(own[0].cell)
-        fields = [field.name for field in dataclasses.fields(Row) if field.name not in ("repeat", "status", "error")]
-        constant = {key: getattr(own[0], key) for key in fields if len({getattr(row, key) for row in own}) == 1}
+        number = f"{out.name}-{name}-{len(own)}"[-128:]
+        if list((out / "wandb").glob(f"*run-*-{glob.escape(number)}")):
+            continue
+        config = {key: getattr(own[0], key) for key in constant if len({getattr(row, key) for row in own}) == 1}
         try:
             logged = wandb.init(
-                project=project, group=out.name, name=name, dir=out, mode=mode, config=constant, settings=settings
+                project=project,
+                group=out.name,
+                name=name,
+                id=number,
+                dir=out,
+                mode=mode,
+                config=config,
+                settings=wandb.Settings(silent=True, console="off", init_timeout=20),
             )
         except (wandb.errors.Error, OSError) as error:
-            raise InputError(
-                f"--wandb {mode}", f"{str(error).splitlines()[0]}; the sweep is complete, log it with --resume"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--wandb {mode}", f"{reason}; what was measured is kept, --resume logs it") from error
         for row in own:
             numbers = ("seconds_per_step", "seconds_per_clip", "peak_memory_bytes")
             logged.log({"repeat": row.repeat, **{key: getattr(row, key) for key in numbers}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import DEPTH, make, tiny_model
+from tiny import DEPTH, alone, make, tiny_model
 from torch import nn
 
 from meshdiff import Layout, Pipeline, init_mesh, simulate, streaming
@@ -36,7 +36,7 @@ def test_each_rank_stores_its_part_and_nothing_more(layout, offload):
 
 @pytest.mark.parametrize("options", [{"shard_weights": True}, {"offload": True}], ids=lambda o: next(iter(o)))
 def test_the_clip_is_the_same_to_the_bit(options):
-    with simulate(1):
+    with alone():
         expected, _ = make(Layout(), 2)
     with simulate(3):
         video, _ = make(Layout(1, 3), 2, **options)
@@ -53,7 +53,7 @@ def test_the_clip_is_wrong_when_one_rank_stores_something_else(monkeypatch):
     def store_badly(buffer, storage):
         return damage(store(buffer, storage), storage.divided.get_local_rank())
 
-    with simulate(1):
+    with alone():
         expected, _ = make(Layout(), 2)
     monkeypatch.setattr(streaming, "_store", store_badly)
     with simulate(3):

@@ -82,6 +82,9 @@ ROWS = [
 ]
 
 
+LONGER = [(Layout(1, 2), 12.0, 0), (Layout(1, 4), 8.0, 0), (Layout(1, 4), 6.0, 1)]
+
+
 def test_speed_up_is_of_clips_a_second_in_the_same_turn():
     cells = sweep_report.medians(ROWS).set_index(["world_size", "dp", "cfg", "cp", "strategy"])
     assert cells.loc[(1, 1, 1, 1, "auto"), "speed_up"] == 1
@@ -96,6 +99,19 @@ def test_without_one_rank_the_fewest_count_as_ideal():
     cells = sweep_report.medians([r for r in ROWS if r.world_size > 1]).set_index(["world_size", "strategy", "dp"])
     assert cells.loc[(2, "ulysses", 1), "efficiency"] <= 1
     assert cells.loc[(4, "ulysses", 1), "speed_up"] == 2 * 5 / 2
+
+
+def test_where_one_rank_failed_the_fewest_of_those_frames_are_the_base(tmp_path):
+    longer = [
+        row(Layout(1, 2), 12.0, frames=16),
+        row(Layout(1, 4), 8.0, frames=16),
+        row(Layout(1, 4), 6.0, 1, frames=16),
+    ]
+    failed = row(Layout(), 0.0, status="failed", frames=16, seconds_per_step=None)
+    cells = sweep_report.medians([*ROWS, *longer, failed]).set_index(["frames", "world_size"])
+    assert cells.loc[(16, 2), "speed_up"] == 2
+    assert cells.loc[(16, 4), ["slowest", "fastest"]].tolist() == [3, 4]  # the second turn has no base of its own
+    sweep_report.draw([*ROWS, *longer, failed], tmp_path)
 
 
 def test_tables_say_where_it_was_measured_and_what_was_shared():
@@ -141,6 +157,8 @@ def test_a_sweep_records_failures_goes_on_and_is_logged(tmp_path):
     assert {p.name for p in out.iterdir()} == names
     logged = [read_log(path) for path in sorted((out / "wandb").glob("offline-run-*/*.wandb"))]
     assert [log.config["world_size"] for log in logged] == [1, 2]
+    sweep_report.log_to_wandb(first, out, "offline", "meshdiff")
+    assert len(list((out / "wandb").glob("offline-run-*"))) == 2  # nothing is logged twice
     for log, measured in zip(logged, first, strict=True):
         assert log.group == "sweep"
         assert log.name == str(measured.cell)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from contract import of_rank
 from make_tiny_wan import Config, write
 from ranks import run_on_ranks
+from tiny import alone
 from tiny_wan import LEVELS, REQUEST, TOKENS, by_diffusers, checkpoint, make, request, traffic
 
 from meshdiff import InputError, Layout, explain_strategy, init_mesh, place, simulate
@@ -41,7 +42,7 @@ def references(root) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def one_process(root) -> dict[str, torch.Tensor]:
-    with simulate(1):
+    with alone():
         mesh = init_mesh(Layout(), "cpu")
         return {version: make(root, mesh, version)[0] for version in ("2.1", "2.2")}
 
