@@ -20,7 +20,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from meshdiff.agreement import agreed, from_every_rank, is_first_rank
+from meshdiff.agreement import after_first_rank, agreed, from_every_rank, is_first_rank
 from meshdiff.batch import RESULTS, Counter, Record, fresh, resume, take_turns
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
@@ -204,7 +204,9 @@ def read_list(config: Config, first: bool) -> str:
             text = data.decode("utf-8-sig", errors="surrogateescape")  # which no request takes for text
     except OSError as raised:
         error = InputError("--prompts", f"{config.prompts} cannot be read ({raised.strerror or raised})")
-    text, error = from_every_rank((text, error))[0] if config.prompts == "-" else (text, error)
+    if config.prompts == "-":
+        after_first_rank("list")  # somebody may be typing, for longer than any time-out
+        text, error = from_every_rank((text, error))[0]
     if error is not None:
         raise error
     if not text.strip():
@@ -234,8 +236,8 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
         ready, refused = prepared(model, layout, entries)
         left: list[Entry] = []
         if is_first_rank():
-            left = begin_list(out, config.resume, ready, refused)
-            console.print(f"{layout}: {layout.reason(len(entries))}")
+            left = begin_list(out, config, ready, refused)
+            console.print(f"{layout}: {layout.reason(max(1, len(ready)))}")
             if len(left) < len(ready):
                 console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
     # The longest first: what replicas do last, while others may have nothing left to do, is then short.
@@ -280,11 +282,11 @@ def work(model: VideoModel, request: Request) -> int:
     return math.prod(model.grid(request)) * request.steps * len(request.branches)
 
 
-def begin_list(out: Path, go_on: bool, ready: dict[Entry, Request], refused: list[Record]) -> list[Entry]:
+def begin_list(out: Path, config: Config, ready: dict[Entry, Request], refused: list[Record]) -> list[Entry]:
     """Make the folder of a list, or put it right; returns what is to do."""
-    if not (go_on and out.is_dir()):
+    if not (config.resume and out.is_dir()):
         fresh(out)
-    left = resume(out, ready)
+    left = resume(out, ready, config.of_model())
     for record in refused:
         record.append(out)
     return left

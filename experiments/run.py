@@ -121,13 +121,21 @@ class Config:
         """Of the request that the flags describe; a list may hold others, which are done all the same."""
         return len(self.request.branches)
 
-    def described(self) -> dict[str, object]:
-        """What `RunMetrics` says of these flags."""
+    def of_model(self) -> dict[str, object]:
+        """What `RunMetrics` says of the model: all that a clip depends on besides its request."""
         return {
             "model": self.model,
             "checkpoint": self.checkpoint,
-            "strategy": self.strategy,
+            "weights": None if self.weights is None else str(self.weights),
+            "shape": dataclasses.asdict(self.shape) if self.model == "random" else None,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
+        }
+
+    def described(self) -> dict[str, object]:
+        """What `RunMetrics` says of these flags."""
+        return {
+            **self.of_model(),
+            "strategy": self.strategy,
             "compiled": self.compile,
             "simulated": self.simulate,
             "shard_weights": self.shard_weights,
@@ -243,7 +251,7 @@ def main(arguments: list[str]) -> int:
         with agreed():
             text = None if config.prompts is None else read_list(config, is_first_rank())
             entries = None if text is None else read_requests(text, config.request)
-            requests = 1 if entries is None else len(entries)
+            requests = 1 if entries is None else max(1, sum(entry.request is not None for entry in entries))
             layout = Layout.resolve(world, config.branches, config.cfg, config.cp, config.dp, requests)
             if config.simulate and layout.dp > 1:
                 raise InputError("--dp", "replicas do different things, which one process cannot play; leave out --dp")

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -99,14 +100,14 @@ class Config:
 
     def check(self) -> None:
         """Raise `InputError` for what cannot be swept."""
-        for name in ("world_sizes", "frames", "steps", "repeats", "timeout"):
+        for name in ("world_sizes", "frames", "height", "width", "steps", "repeats", "timeout"):
             given = getattr(self, name)
-            if any(number < 1 for number in (given if isinstance(given, tuple) else [given])):
+            if given is not None and any(number < 1 for number in (given if isinstance(given, tuple) else [given])):
                 raise InputError(f"--{name.replace('_', '-')}", f"{given} given, needs at least 1")
         for name in ("frames", "strategies"):
             if not getattr(self, name):
                 raise InputError(f"--{name}", "needs at least one")
-        too_many = [size for size in self.world_sizes if size > self.places]
+        too_many = [size for size in self.world_sizes if self.shares(size)]
         if too_many and not self.oversubscribe:
             raise InputError(
                 "--world-sizes",
@@ -126,7 +127,7 @@ class Config:
         given = {
             "model": self.model,
             "checkpoint": self.checkpoint,
-            "height": self.height or pixels,
+            "height": self.height or pixels,  # which `check` keeps from being 0
             "width": self.width or pixels,
             "guidance-scale": self.guidance_scale,
             "steps": self.steps,
@@ -134,17 +135,31 @@ class Config:
             "wandb": "disabled",
             **cell.flags(),
         }
+        own = {*given, "simulate", "prompts", "resume", "overwrite", "out", "wandb-project", "help"}
+        for word in self.more():
+            name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+            if word.startswith("--") and name in own:
+                raise InputError("--run-flags", f"--{name} is not among those a sweep can hand on; it sets them itself")
+        return [*self.more(), *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+
+    def more(self) -> list[str]:
+        """The words of `run_flags`."""
         try:
-            more = shlex.split(self.run_flags)
+            return shlex.split(self.run_flags)
         except ValueError as error:
             raise InputError("--run-flags", f"{self.run_flags!r} given ({error})") from error
-        return [*more, *(f"--{name}={value}" for name, value in given.items() if value is not None)]
+
+    def shares(self, ranks: int) -> bool:
+        """Whether that many ranks have to share cores or GPUs."""
+        threads = "1" if self.on_gpus else run.peek("--threads", self.more()) or "1"
+        return ranks * (int(threads) if threads.isdecimal() else 1) > self.places
 
     def same_for_all(self) -> dict[str, object]:
-        """What must not change when a sweep goes on, for its numbers are compared."""
+        """What must not change when a sweep goes on, as its numbers are compared."""
         free = ("world_sizes", "layouts", "strategies", "frames", "repeats", "oversubscribe", "timeout", "out")
         free += ("resume", "wandb", "wandb_project")
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        same = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        return same | {"machine": f"{platform.node()}, {self.described_places()}, torch {torch.__version__}"}
 
 
 def all_cells(config: Config) -> list[Cell]:
@@ -161,6 +176,7 @@ def all_cells(config: Config) -> list[Cell]:
         for size in config.sizes():
             for layout in layouts_of(config, size, alone.branches):
                 strategies = config.strategies if layout.cp > 1 and config.layouts == "all" else ("auto",)
+                strategies = tuple(dict.fromkeys(strategies))
                 found += [Cell(layout, s, frames) for s in strategies if fits(model, alone, layout, s)]
     if not found:
         raise InputError("--world-sizes", "no layout of that many ranks can do these clips; add 1")
@@ -190,32 +206,39 @@ def fits(model: VideoModel, alone: run.Config, layout: Layout, strategy: str) ->
 
 
 def begin(config: Config, out: Path) -> list[Row]:
-    """Make the folder of a sweep, or go on in it; returns what is measured already."""
+    """Make the folder of a sweep, or go on in it; returns what it has measured."""
     asked = json.loads(json.dumps(config.same_for_all()))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / ASKED).is_file():
             raise InputError("--out", f"{out} holds what is no sweep; name another folder")
         if not config.resume:
             raise InputError("--out", f"{out} holds a sweep already; name another folder, or add --resume")
-        before = json.loads((out / ASKED).read_text())
-        for name, value in asked.items():
-            if before.get(name) != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(flag, f"{value!r} given, and the sweep in {out} has {before.get(name)!r}")
+        check_same_sweep(asked, out)
+    out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.glob(f"{CLIPS}*"):  # of a sweep that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not (out / ASKED).exists():
+        (out / f".{ASKED}").write_text(json.dumps(asked, indent=2) + "\n")
+        (out / f".{ASKED}").replace(out / ASKED)
+    return read_rows(out / RESULTS) if (out / RESULTS).is_file() else []
+
+
+def check_same_sweep(asked: dict[str, object], out: Path) -> None:
+    """Raise `InputError` if the sweep in that folder is of other clips, or of another machine."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob(f"{CLIPS}*"):  # of a sweep that was killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        (out / ASKED).write_text(json.dumps(asked, indent=2) + "\n")
-        kept = [row for row in read_rows(out / RESULTS) if row.status == "ok"] if (out / RESULTS).is_file() else []
-        write_rows(out / RESULTS, kept)
-    except OSError as error:
-        raise InputError("--out", f"{out} cannot be written ({error.strerror or error})") from error
-    return kept
+        before = dict(json.loads((out / ASKED).read_text()))
+    except ValueError as error:
+        raise InputError("--out", f"{out / ASKED} cannot be read ({error}); name another folder") from error
+    for name, value in asked.items():
+        if before.get(name) != value:
+            flag = "--resume" if name == "machine" else f"--{name.replace('_', '-')}"
+            raise InputError(flag, f"the sweep in {out} has {before.get(name)!r}, and this is {value!r}")
 
 
 def measure_all(config: Config, cells: list[Cell], rows: list[Row], out: Path, console: Console) -> list[Row]:
     """Measure what is still missing, a turn of all cells after the other."""
+    wanted = {(cell, n) for n in range(config.repeats) for cell in cells}
+    rows = [row for row in rows if row.status == "ok" or (row.cell, row.repeat) not in wanted]
     done = {(row.cell, row.repeat) for row in rows}
     turns = [(cell, n) for n in range(config.repeats) for cell in cells if (cell, n) not in done]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -223,8 +246,12 @@ def measure_all(config: Config, cells: list[Cell], rows: list[Row], out: Path, c
         task = progress.add_task("", total=len(turns))
         for cell, repeat in turns:
             progress.update(task, description=str(cell))
-            shared = cell.layout.world_size > config.places
-            known = {"repeat": repeat, "oversubscribed": shared, "places": config.described_places()}
+            known = {
+                "repeat": repeat,
+                "oversubscribed": config.shares(cell.layout.world_size),
+                "places": config.described_places(),
+                "run_flags": config.run_flags,
+            }
             row = measure(cell, config.flags(cell), known, out, config.timeout)
             rows = [*rows, row]
             write_rows(out / RESULTS, rows)
@@ -240,21 +267,27 @@ def main(config: Config) -> int:
     config.check()
     out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-sweep"
     cells = all_cells(config)
-    rows = begin(config, out)
-    console.print(f"{len(cells)} cells x {config.repeats} in {out}, on {config.described_places()}")
-    rows = measure_all(config, cells, rows, out, console)
-    if any(row.status == "ok" for row in rows):
-        write_tables(rows, out)
-        draw(rows, out)
+    try:
+        rows = begin(config, out)
+        console.print(f"{len(cells)} cells x {config.repeats} in {out}, on {config.described_places()}")
+        rows = measure_all(config, cells, rows, out, console)
+        good = [row for row in rows if row.status == "ok"]
+        if good:
+            write_tables(rows, out)
+            draw(rows, out)
+            console.print(summary(rows))
+    except OSError as error:
+        raise InputError("--out", f"{out} cannot be written ({error.strerror or error})") from error
+    what = "tables and plots" if good else "what was printed"
+    console.print(f"{len(good)} measurements, {len(rows) - len(good)} failed; {what} in {out}")
+    if good:
         log_to_wandb(rows, out, config.wandb, config.wandb_project)
-        console.print(summary(rows))
-    failed = sum(row.status == "failed" for row in rows)
-    console.print(f"{len(rows) - failed} measurements, {failed} failed; tables and plots are in {out}")
-    return 1 if failed else 0
+    return 1 if len(good) < len(rows) else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main(tyro.cli(Config, description=__doc__)))
     except InputError as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from meshdiff.batch import RESULTS
+from meshdiff.launch import end_with_parent
 from meshdiff.mesh import Layout
 from meshdiff.output import COMPLETE
 
@@ -55,7 +56,7 @@ class Row:
     """Of attention; auto where there is nothing to choose."""
     frames: int
     repeat: int
-    """From 0; cells take turns, so the same number is about the same time."""
+    """From 0. Cells take turns, so the same number is about the same time, unless `--resume` added some later."""
     oversubscribed: bool
     """Whether ranks had to share cores or GPUs, so that the times say nothing about scaling."""
     status: str
@@ -65,8 +66,12 @@ class Row:
     height: int | None = None
     width: int | None = None
     steps: int | None = None
+    guidance_scale: float | None = None
+    checkpoint: str | None = None
+    run_flags: str = ""
+    """What else run.py was told."""
     seconds_per_step: float | None = None
-    """The median, the first step of a clip left out; of the slowest replica. A step of `dp` clips at once."""
+    """The median, the first step left out if there are others; of the slowest replica. A step of `dp` clips at once."""
     seconds_per_clip: float | None = None
     """From prompt to frames, of the slowest replica."""
     start_memory_bytes: int | None = None
@@ -74,7 +79,7 @@ class Row:
     peak_memory_bytes: int | None = None
     """The most that a rank held."""
     cp_all_to_all_bytes: int | None = None
-    """Sent by a rank for a clip, on the mesh dim cp."""
+    """Sent by a rank for a clip, on the mesh dim cp; the steps of a ring are exchanges as well."""
     cp_all_gather_bytes: int | None = None
     cfg_all_gather_bytes: int | None = None
     other_bytes: int | None = None
@@ -92,19 +97,19 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a `results.csv`, with a last line that was cut off left out."""
+    """The rows of a `results.csv`; lines that are none are left out."""
     kinds = {field.name: str(field.type) for field in fields(Row)}
     rows = []
-    with path.open(newline="") as file:
+    with path.open(newline="", errors="replace") as file:
         for line in csv.DictReader(file):
-            with contextlib.suppress(TypeError, ValueError):
-                rows.append(Row(**{name: _value(text, kinds[name]) for name, text in line.items() if name in kinds}))
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+                rows.append(Row(**{name: _value(line[name], kind) for name, kind in kinds.items()}))
     return rows
 
 
 def _value(text: str, kind: str) -> Any:
     if kind.startswith("bool"):
-        return {"True": True, "False": False}[text]
+        return {"true": True, "false": False}[text.lower()]  # spreadsheets write capitals
     if text == "" and "None" in kind:
         return None
     return {"int": int, "float": float, "str": str}[kind.split()[0]](text)
@@ -164,6 +169,7 @@ def _torchrun(ranks: int, flags: Sequence[str], timeout: float) -> tuple[int | N
         errors="replace",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        preexec_fn=end_with_parent,  # or it would go on beside a sweep that is resumed
     )
     try:
         printed, _ = process.communicate(timeout=timeout)
@@ -197,6 +203,7 @@ def _measured(out: Path) -> dict[str, Any]:
     }
     named = {name: sent.pop(name, 0) for name in ("cp_all_to_all_bytes", "cp_all_gather_bytes", "cfg_all_gather_bytes")}
     same = ("model", "height", "width", "steps", "device", "dtype", "torch_version", "meshdiff_version")
+    same += ("guidance_scale", "checkpoint")
     return {
         "seconds_per_step": max(clip["median_seconds_per_step"] for clip in clips),
         "seconds_per_clip": max(clip["seconds_total"] for clip in clips),
@@ -216,7 +223,10 @@ def _reason(code: int | None, printed: str, out: Path, timeout: float) -> str:
         for line in (out / RESULTS).read_text().splitlines():
             if error := json.loads(line)["error"]:
                 return error
+    killed = re.search(r"exitcode\s*: -(\d+)", printed)
     noise = re.compile(r"[WEI]\d{4} |\s|Traceback|=+$|-+$|.* FAILED$|torch\.distributed")
     lines = [line for line in printed.splitlines() if line.strip() and not noise.match(line)]
     wrong = [line for line in lines if re.match(r"(--\w|lost rank|out of memory|[\w.]*Error\b)", line)]
-    return (wrong or lines or [f"exit code {code}"])[0]
+    if killed and not wrong:
+        return f"a rank was killed by signal {killed[1]}"
+    return (wrong or lines or [f"exit code {code}"])[0].split(" ([")[0]  # where gloo's own words begin

@@ -20,7 +20,7 @@ from meshdiff.errors import InputError
 
 CELL = ["world_size", "dp", "cfg", "cp", "strategy", "frames"]
 TRAFFIC = {
-    "cp_all_to_all_bytes": "cp: all-to-all",
+    "cp_all_to_all_bytes": "cp: all-to-all, ring",
     "cp_all_gather_bytes": "cp: all-gather",
     "cfg_all_gather_bytes": "cfg: all-gather",
     "other_bytes": "other",
@@ -41,9 +41,10 @@ COLORS = {
 def medians(rows: Iterable[Row]) -> pd.DataFrame:
     """A line for each cell: medians over its measurements, and what it gains.
 
-    `speed_up` compares clips a second with those of the fewest ranks that could make clips of as many frames, which
-    count as ideal, in the same turn. It is the median over turns; `slowest` and `fastest` are the range. `efficiency`
-    is that by ranks.
+    `speed_up` compares sampling steps a second, of all replicas together, with those of the fewest ranks that could
+    make clips of as many frames, which count as ideal, in the same turn. It is the median over turns; `slowest` and
+    `fastest` are the range. `efficiency` is that by ranks. Reading prompts, decoding, and the first step, which meets
+    everything for the first time, are not in it.
     """
     measured = pd.DataFrame([asdict(row) for row in rows if row.status == "ok"])
     measured["seconds"] = measured.seconds_per_step / measured.dp  # of a step of one clip, on average
@@ -94,8 +95,9 @@ def machine(rows: Sequence[Row]) -> str:
     """Where and with what the rows were measured."""
     row = next(row for row in rows if row.status == "ok")
     return (
-        f"{row.device} ({row.places}), torch {row.torch_version}, {row.dtype}; model {row.model}, {row.height} x "
-        f"{row.width} pixels"
+        f"{row.device} ({row.places}), torch {row.torch_version}, {row.dtype}; model "
+        f"{' '.join(filter(None, (row.model, row.checkpoint, row.run_flags)))}, {row.height} x {row.width} pixels, "
+        f"guidance {row.guidance_scale:g}"
     )
 
 
@@ -125,7 +127,7 @@ def table_of(cells: pd.DataFrame, dim: str) -> str:
     return "\n".join(lines)
 
 
-TITLES = {"cp": "Context parallelism", "cfg": "CFG parallelism", "dp": "Data parallelism (clips a second)"}
+TITLES = {"cp": "Context parallelism", "cfg": "CFG parallelism", "dp": "Data parallelism (steps of all replicas)"}
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -186,7 +188,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
 
 
 TITLE = {
-    "scaling": "Clips a second against ranks",
+    "scaling": "Sampling steps a second against ranks",
     "memory": "Memory of a rank while it makes a clip",
     "traffic": "What a rank sends to others for a clip",
     "layouts": "Seconds a step by layout (one replica, the best strategy)",
@@ -290,7 +292,7 @@ def plot_traffic(cells: pd.DataFrame) -> Figure:
     own = cells[(cells.frames == cells.frames.max()) & (cells.world_size > 1)].sort_values(["world_size", "dp", "cfg"])
     figure, grid = _figure(1, height=1.2 + 0.24 * len(own), width=7)
     axes = grid[0, 0]
-    labels = [f"{layout_name(cell)}  " for cell in own.itertuples()]
+    labels = [f"{layout_name(cell)}{'*' * cell.oversubscribed}  " for cell in own.itertuples()]
     left = np.zeros(len(own))
     for (column, name), color in zip(TRAFFIC.items(), ("#1f77b4", "#17becf", "#d62728", "#7f7f7f"), strict=True):
         sent = own[column].to_numpy(dtype=float) / 2**20
@@ -311,7 +313,7 @@ def plot_layouts(cells: pd.DataFrame) -> Figure:
     """A heat map of cfg x cp for each number of frames."""
     all_frames = sorted(cells.frames.unique())
     one = cells[cells.dp == 1]
-    figure, grid = _figure(len(all_frames), height=2.2 + 0.3 * one.cfg.nunique())
+    figure, grid = _figure(len(all_frames), width=2.2 + 0.7 * one.cp.nunique(), height=2.2 + 0.3 * one.cfg.nunique())
     for axes, frames in zip(grid[0], all_frames, strict=True):
         own = one[one.frames == frames]
         best = own.loc[own.groupby(["cfg", "cp"]).seconds_per_step.idxmin()]
@@ -348,14 +350,15 @@ def log_to_wandb(rows: Sequence[Row], out: Path, mode: str, project: str) -> Non
         return
     import wandb
 
-    constant = [field.name for field in dataclasses.fields(Row) if field.name not in ("repeat", "status", "error")]
+    measured = ("repeat", "status", "error", "seconds_per_step", "seconds_per_clip", "peak_memory_bytes")
+    told = [field.name for field in dataclasses.fields(Row) if field.name not in (*measured, "start_memory_bytes")]
     for cell in medians(rows).to_dict("records"):
         own = [row for row in rows if row.status == "ok" and all(getattr(row, key) == cell[key] for key in CELL)]
         name = str(own[0].cell)
         number = f"{out.name}-{name}-{len(own)}"[-128:]
         if list((out / "wandb").glob(f"*run-*-{glob.escape(number)}")):
             continue
-        config = {key: getattr(own[0], key) for key in constant if len({getattr(row, key) for row in own}) == 1}
+        config = {key: getattr(own[0], key) for key in told}
         try:
             logged = wandb.init(
                 project=project,
@@ -371,7 +374,6 @@ def log_to_wandb(rows: Sequence[Row], out: Path, mode: str, project: str) -> Non
             reason = str(error).splitlines()[0]
             raise InputError(f"--wandb {mode}", f"{reason}; what was measured is kept, --resume logs it") from error
         for row in own:
-            numbers = ("seconds_per_step", "seconds_per_clip", "peak_memory_bytes")
-            logged.log({"repeat": row.repeat, **{key: getattr(row, key) for key in numbers}})
+            logged.log({key: getattr(row, key) for key in measured if key not in ("status", "error")})
         logged.summary.update({key: value for key, value in cell.items() if key not in CELL})
         logged.finish()

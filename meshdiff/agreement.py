@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -15,6 +16,7 @@ from meshdiff.errors import InputError
 from meshdiff.simulation import is_simulated
 
 __all__ = [
+    "after_first_rank",
     "agreed",
     "check_same",
     "explained",
@@ -85,6 +87,20 @@ def check_same(flags: Mapping[str, object]) -> None:
 def store() -> dist.Store:
     """What all ranks can read and write without waiting for each other; torch gives no public way to it."""
     return dist.distributed_c10d._get_default_store()
+
+
+def after_first_rank(name: str) -> None:
+    """Wait, however long it takes, until the first rank comes by here; no collective, so no time-out.
+
+    Args:
+        name: of this place, once a run.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulated():
+        return
+    if is_first_rank():
+        store().set(f"meshdiff/{name}", "done")
+    while not store().check([f"meshdiff/{name}"]):
+        time.sleep(0.1)
 
 
 def first_to_fail() -> bool:

@@ -78,21 +78,23 @@ def take_turns(mesh: DeviceMesh, count: int, counter: Counter) -> Iterator[int]:
         yield item
 
 
-def resume(folder: Path, requests: Mapping[Entry, Request]) -> list[Entry]:
+def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, Any] | None = None) -> list[Entry]:
     """What is still to do of a list, in a folder where it may have been begun; the record is put right.
 
     Args:
         folder: of the whole list.
         requests: the good entries, with nothing left open.
+        model: what else `metrics.json` has to say of a clip that is not to be done again.
 
     Raises:
-        InputError: if a folder holds the clip of another request under the name of one of these.
+        InputError: if a folder holds the clip of another request, or model, under the name of one of these.
     """
-    recorded: dict[str, str] = {}
+    recorded: dict[str, dict[str, Any]] = {}
     if (folder / RESULTS).is_file():
         for line in (folder / RESULTS).read_text(errors="replace").splitlines():
             try:  # the last line may be half a line
-                recorded[json.loads(line)["name"]] = line
+                record = json.loads(line)
+                recorded[record["name"]] = record
             except (ValueError, KeyError, TypeError):
                 continue
     kept, left = [], []
@@ -102,19 +104,25 @@ def resume(folder: Path, requests: Mapping[Entry, Request]) -> list[Entry]:
         if not complete.is_file():
             left.append(entry)
             continue
-        metrics = json.loads(complete.read_text())
-        _check_same_request(entry, request, metrics)
-        done = Record(entry.line, entry.name, "ok", seconds=metrics["seconds_total"], replica=metrics.get("replica"))
-        line = recorded.get(entry.name, "")
-        kept.append(line if '"ok"' in line else json.dumps(asdict(done)))
+        try:
+            metrics = dict(json.loads(complete.read_text()))
+            _check_same(entry, {**asdict(request), **(model or {})}, metrics)
+            done = Record(
+                entry.line, entry.name, "ok", seconds=metrics["seconds_total"], replica=metrics.get("replica")
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("--resume", f"{complete} cannot be read; remove that folder") from error
+        before = recorded.get(entry.name, {})
+        record = {**before, "line": entry.line} if before.get("status") == "ok" else asdict(done)
+        kept.append(json.dumps(record))
     rewritten = folder / f".{RESULTS}"
     rewritten.write_text("".join(line + "\n" for line in kept))
     rewritten.replace(folder / RESULTS)
     return left
 
 
-def _check_same_request(entry: Entry, request: Request, metrics: Mapping[str, Any]) -> None:
-    for key, value in asdict(request).items():
+def _check_same(entry: Entry, asked: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    for key, value in asked.items():
         if metrics.get(key) != value:
             raise InputError(
                 "--resume",

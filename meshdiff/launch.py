@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-__all__ = ["end_process", "end_with_launcher", "start_ranks"]
+__all__ = ["end_process", "end_with_launcher", "end_with_parent", "start_ranks"]
 
 _LAUNCHER = "MESHDIFF_LAUNCHER"  # in a rank's environment: the process that started it
 
@@ -63,7 +63,13 @@ def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
 
 def end_with_launcher() -> None:
     """In a rank of `start_ranks`: end when the launcher is killed and can no longer end its ranks (Linux only)."""
-    if os.environ.get(_LAUNCHER) == str(os.getppid()) and sys.platform == "linux":
+    if os.environ.get(_LAUNCHER) == str(os.getppid()):
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Let this process get SIGTERM when the one that started it is gone, however that ended (Linux only)."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 

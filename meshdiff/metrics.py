@@ -93,6 +93,9 @@ class RunMetrics:
 
     model: str
     checkpoint: str | None
+    weights: str | None
+    shape: dict[str, int] | None
+    """Of a model that was drawn at random."""
     layout: dict[str, int]
     """Ranks of each mesh dim."""
     world_size: int

@@ -113,11 +113,14 @@ def test_standard_input_reaches_ranks_that_are_yet_to_be_started(launcher, tmp_p
     command = [sys.executable, SCRIPT, "--cfg", "2"]
     if launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
-    flags = [*FLAGS, "--steps", "1", "--prompts", "-", "--dp", "1", "--out", str(tmp_path / "out")]
-    process = subprocess.run([*command, *flags], input=LIST.encode(), capture_output=True, timeout=120)
+    flags = [*FLAGS, "--steps", "1", "--prompts", "-", "--dp", "1", "--out", str(tmp_path / "out"), "--timeout", "4"]
+    (tmp_path / "list.txt").write_text(LIST)
+    slowly = ["sh", "-c", f"sleep 14; cat {tmp_path / 'list.txt'}"]  # longer than any time-out
+    with subprocess.Popen(slowly, stdout=subprocess.PIPE) as typing:
+        process = subprocess.run([*command, *flags], stdin=typing.stdout, capture_output=True, timeout=120)
     assert sorted(clips(tmp_path / "out")) == sorted(NAMES), process.stderr
     assert records(tmp_path / "out").keys() == {*NAMES, *FAILED}
-    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+    assert {p.name for p in tmp_path.iterdir()} == {"list.txt", "out"}
 
 
 def ranks_of(word: str) -> list[int]:
@@ -144,6 +147,8 @@ def test_resume_does_nothing_twice_and_mistakes_no_request_for_another(alone, tm
     assert f"--out: {out} is not empty; name another folder, or add --resume" in capfd.readouterr().err
     assert main([*flags, "--resume", "--seed", "9"]) == 2
     assert "--resume: 0001-a-7-moving-left was made with seed 0, and now 9 is asked for" in capfd.readouterr().err
+    assert main([*flags, "--resume", "--dtype", "bfloat16"]) == 2
+    assert "was made with dtype 'float32', and now 'bfloat16' is asked for" in capfd.readouterr().err
     assert stamp() == before
 
 

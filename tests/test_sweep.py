@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import sweep_report
 import yaml
 from PIL import Image
 from sweep import Config, all_cells, main
-from sweep_cells import Row, read_rows, write_rows
+from sweep_cells import Row, _reason, read_rows, write_rows
 from sweeps import SweepConfig, next_runs
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_log import read_log
@@ -66,7 +67,15 @@ def row(layout: Layout, seconds: float, repeat: int = 0, **changes) -> Row:
     common = {"frames": 8, "strategy": strategy, "status": "ok", "oversubscribed": layout.world_size > 4}
     sent = {"cp_all_to_all_bytes": 10**6 * (layout.cp - 1), "cp_all_gather_bytes": 10**5, "cfg_all_gather_bytes": 0}
     memory = {"start_memory_bytes": 10**8, "peak_memory_bytes": 10**8 + 10**8 // layout.cp, "other_bytes": 0}
-    told = {"model": "random", "height": 64, "width": 64, "steps": 4, "device": "a processor", "places": "4 cores"}
+    told = {
+        "model": "random",
+        "height": 64,
+        "width": 64,
+        "steps": 4,
+        "guidance_scale": 4.0,
+        "device": "a processor",
+        "places": "4 cores",
+    }
     fields = {**sizes, **common, **sent, **memory, **told, "seconds_per_step": seconds, "seconds_per_clip": 4 * seconds}
     return Row(**{**fields, "repeat": repeat, **changes})
 
@@ -141,6 +150,40 @@ def test_rows_survive_the_file_and_half_a_line_does_not(tmp_path):
     assert read_rows(tmp_path / "results.csv") == ROWS
 
 
+@pytest.mark.parametrize(
+    ("printed", "reason"),
+    [
+        ("cfg1-cp1: one rank does\n  rank : 0\n  exitcode  : -9 (pid: 3)\n", "a rank was killed by signal 9"),
+        ("E1124 torch\nlost rank 1: of 2 ([/root/x.cc:5] closed)\n exitcode  : -9", "lost rank 1: of 2"),
+        ("Traceback (most recent call last):\n  File x\nValueError: no\n", "ValueError: no"),
+        ("", "exit code 1"),
+    ],
+)
+def test_a_failure_has_its_reason(printed, reason, tmp_path):
+    assert _reason(1, printed, tmp_path, 60) == reason
+
+
+def test_a_killed_sweep_leaves_no_ranks_behind(tmp_path):
+    flags = [f"--out={tmp_path / 'sweep'}", "--world-sizes", "1", "--frames", "8", "--steps", "20000"]
+    process = subprocess.Popen([sys.executable, str(EXPERIMENTS / "sweep.py"), *flags], stdout=subprocess.DEVNULL)
+
+    def ranks() -> int:
+        commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        return sum(f"{tmp_path}/sweep/.clips".encode() in command for command in commands)
+
+    wait_until(lambda: ranks() > 1)  # torchrun, and a rank
+    process.kill()
+    process.wait()
+    wait_until(lambda: ranks() == 0)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def test_a_sweep_records_failures_goes_on_and_is_logged(tmp_path):
     out = tmp_path / "sweep"
     config = Config(**TINY, world_sizes=(2,), layouts="auto", out=out)
@@ -176,6 +219,9 @@ def test_a_sweep_records_failures_goes_on_and_is_logged(tmp_path):
         ({"repeats": 0}, "--repeats: 0 given"),
         ({"run_flags": '--dim "'}, "--run-flags: "),
         ({"run_flags": "--stepz 3"}, None),
+        ({"run_flags": "--steps 3"}, "--run-flags: --steps is not among those"),
+        ({"run_flags": "--threads 8", "world_sizes": (2,)}, "--world-sizes: 2 ranks would share"),
+        ({"height": 0}, "--height: 0 given"),
         ({"width": 33}, "--width: 33 given, needs a multiple of 8"),
         ({"model": "wan"}, "--checkpoint: is missing"),
         ({"resume": True, "out": None}, "--resume: goes on with a sweep"),
@@ -200,7 +246,13 @@ def test_a_sweep_goes_on_only_with_the_clips_that_it_has(tmp_path):
     (out / "sweep.json").write_text(json.dumps(config.same_for_all() | {"steps": 9}))
     with pytest.raises(InputError, match="holds a sweep already"):
         main(config)
-    with pytest.raises(InputError, match=r"--steps: 2 given, and the sweep in .* has 9"):
+    with pytest.raises(InputError, match=r"--steps: the sweep in .* has 9, and this is 2"):
+        main(replace(config, resume=True))
+    (out / "sweep.json").write_text(json.dumps(config.same_for_all() | {"machine": "another"}))
+    with pytest.raises(InputError, match=r"--resume: the sweep in .* has 'another'"):
+        main(replace(config, resume=True))
+    (out / "sweep.json").write_text("{")
+    with pytest.raises(InputError, match=r"--out: .*sweep.json cannot be read"):
         main(replace(config, resume=True))
 
 
