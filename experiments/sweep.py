@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -35,6 +34,7 @@ from sweep_report import draw, log_to_wandb, summary, write_tables
 
 from meshdiff.errors import InputError
 from meshdiff.mesh import Layout
+from meshdiff.metrics import device_name
 from meshdiff.models import VideoModel
 from meshdiff.pipeline import check_strategy, prepare_request
 
@@ -159,7 +159,8 @@ class Config:
         free = ("world_sizes", "layouts", "strategies", "frames", "repeats", "oversubscribe", "timeout", "out")
         free += ("resume", "wandb", "wandb_project")
         same = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
-        return same | {"machine": f"{platform.node()}, {self.described_places()}, torch {torch.__version__}"}
+        device = device_name("cuda" if self.on_gpus else "cpu")
+        return same | {"machine": f"{device}, {self.described_places()}, torch {torch.__version__}"}
 
 
 def all_cells(config: Config) -> list[Cell]:

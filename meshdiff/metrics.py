@@ -22,7 +22,7 @@ from meshdiff.mesh import Layout
 from meshdiff.pipeline import Pipeline
 from meshdiff.request import Request
 
-__all__ = ["PeakMemory", "RunMetrics", "Timer", "collect"]
+__all__ = ["PeakMemory", "RunMetrics", "Timer", "collect", "device_name"]
 
 
 class Timer:
@@ -175,7 +175,7 @@ def collect(
         peak_memory_bytes=[peak for peak, _, _ in ranks],
         start_memory_bytes=[start for _, start, _ in ranks],
         comms=_largest([traffic for _, _, traffic in ranks]),
-        device=torch.cuda.get_device_name() if timer.device_type == "cuda" else _cpu_name(),
+        device=device_name(timer.device_type),
         threads_per_rank=torch.get_num_threads(),
     )
 
@@ -191,7 +191,10 @@ def _largest(ranks: list[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dic
     return merged
 
 
-def _cpu_name() -> str:
+def device_name(device_type: str) -> str:
+    """What "cuda" or "cpu" is on this machine."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
