@@ -44,7 +44,11 @@ ASKED = "sweep.json"
 
 @dataclass(frozen=True)
 class Config:
-    """Time layouts side by side on this machine, and draw what comes out."""
+    """Time layouts side by side on this machine, and draw what comes out.
+
+    Each measurement is a torchrun of run.py that makes one clip for each replica. Layouts take turns, so that a slow
+    hour of the machine disturbs all of them alike.
+    """
 
     world_sizes: tuple[int, ...] = ()
     """Numbers of ranks; by default 1, 2, 4, ... up to the number of GPUs, or of cores."""
@@ -290,7 +294,7 @@ if __name__ == "__main__":
     for stop in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, lambda number, frame: sys.exit(128 + number))
     try:
-        sys.exit(main(tyro.cli(Config, description=__doc__)))
+        sys.exit(main(tyro.cli(Config)))
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
