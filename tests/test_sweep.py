@@ -117,9 +117,10 @@ def test_where_one_rank_failed_the_fewest_of_those_frames_are_the_base(tmp_path)
         row(Layout(1, 4), 6.0, 1, frames=16),
     ]
     failed = row(Layout(), 0.0, status="failed", frames=16, seconds_per_step=None)
-    cells = sweep_report.medians([*ROWS, *longer, failed]).set_index(["frames", "world_size"])
-    assert cells.loc[(16, 2), "speed_up"] == 2
-    assert cells.loc[(16, 4), ["slowest", "fastest"]].tolist() == [3, 4]  # the second turn has no base of its own
+    cells = sweep_report.medians([*ROWS, *longer, failed])
+    cells = cells[cells.frames == 16].set_index("world_size")
+    assert cells.loc[2, "speed_up"] == 2
+    assert cells.loc[4, ["slowest", "fastest"]].tolist() == [3, 4]  # the second turn has no base of its own
     sweep_report.draw([*ROWS, *longer, failed], tmp_path)
 
 
