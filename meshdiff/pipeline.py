@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from meshdiff.attention import MeshAttention
 from meshdiff.attention.choice import AUTO
+from meshdiff.attention.hybrid import members
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.errors import InputError
 from meshdiff.guidance import Combine, classifier_free, divide_branches, run_branches
@@ -45,7 +46,7 @@ def check_strategy(model: VideoModel, layout: Layout, strategy: str) -> None:
     """Raise `InputError` if the model's heads on this layout leave that strategy nothing to do."""
     for transformer in model.transformers:
         heads = transformer.config.heads
-        if strategy == "hybrid" and layout.cp > 1 and not 1 < math.gcd(heads, layout.cp) < layout.cp:
+        if strategy == "hybrid" and layout.cp > 1 and not 1 < members(heads, heads, layout.cp) < layout.cp:
             raise InputError(
                 "--strategy hybrid",
                 f"needs heads that some of the --cp ranks divide, and not all; {heads} heads are on {layout.cp} ranks",

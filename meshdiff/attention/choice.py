@@ -41,7 +41,7 @@ def choose_strategy(problem: Problem, strategy: str = AUTO) -> Choice:
     Raises:
         ValueError: if the strategy that is asked for cannot do it, naming one that can.
     """
-    size = members(problem)
+    size = members(problem.heads, problem.kv_heads, problem.ranks)
     if problem.ranks == 1 and strategy in (AUTO, *STRATEGIES):
         return Choice("ulysses", "one rank holds everything, nothing is sent")
     if strategy in STRATEGIES:

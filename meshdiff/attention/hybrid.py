@@ -23,20 +23,18 @@ from meshdiff.simulation import on_each_rank
 __all__ = ["hybrid", "members"]
 
 
-def members(problem: Problem) -> int:
-    """The largest number of neighbours that the heads divide between evenly."""
+def members(heads: int, kv_heads: int, ranks: int) -> int:
+    """The largest number of neighbours, of that many ranks, that the heads divide between evenly."""
     return max(
         size
-        for size in range(1, problem.ranks + 1)
-        if problem.ranks % size == 0
-        and problem.heads % size == 0
-        and (problem.kv_heads % size == 0 or size % problem.kv_heads == 0)
+        for size in range(1, ranks + 1)
+        if ranks % size == 0 and heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
     )
 
 
 def hybrid(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
-    size = members(problem)
+    size = members(problem.heads, problem.kv_heads, problem.ranks)
     groups = ring_of_groups(problem.mesh, size)
     around, within = groups["ring"], groups["ulysses"]
     heads, key_heads = problem.query_heads(size), problem.key_heads(size)
