@@ -133,9 +133,7 @@ TITLES = {"cp": "Context parallelism", "cfg": "CFG parallelism", "dp": "Data par
 def tables(rows: Sequence[Row]) -> str:
     """Markdown tables of each mesh dim alone, and of the mixes, with the machine named."""
     cells = medians(rows)
-    parts = [
-        f"Measured on {machine(rows)}. Medians, and the range over turns in which cells were measured side by side."
-    ]
+    parts = [f"Measured on {machine(rows)}. Sampling steps; medians, and the range over turns."]
     for dim, title in TITLES.items():
         divided = alone(cells, dim)
         if (divided[dim] > 1).any():
@@ -159,7 +157,7 @@ def write_tables(rows: Sequence[Row], out: Path) -> None:
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """For the terminal: every cell, the fastest first."""
+    """For the terminal: every cell; of each number of ranks the fastest last."""
     table = Table("frames", "ranks", "layout", "s / step", "speed-up", "peak MiB")
     for cell in medians(rows).sort_values(["frames", "world_size", "speed_up"]).itertuples():
         table.add_row(
