@@ -222,7 +222,7 @@ def list_for_ranks(config: Config, text: str | None) -> Iterator[list[str]]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "standard-input"
-        path.write_text(text, errors="surrogateescape")
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
         yield ["--prompts", str(path)]
 
 
