@@ -48,7 +48,7 @@ def read_requests(text: str, base: Request) -> list[Entry]:
     """
     entries: list[Entry] = []
     taken: dict[str, int] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
         if not line.strip():
             continue
         fallback = f"{number:04d}"

@@ -24,6 +24,10 @@ def test_prompts_and_objects_become_requests():
     assert second.request == Request("a 3", steps=2, seed=9, guidance_scale=2)
 
 
+def test_lines_end_as_on_any_system():
+    assert [entry.line for entry in read_requests("a 1\r\na 2\ra 3\n\ra 4", BASE)] == [1, 2, 3, 5]
+
+
 def test_fields_are_those_of_the_model():
     (entry,) = read_requests('{"guidance_scale_2": null, "shift": 5, "solver": "unipc"}', WanRequest())
     assert entry.request == WanRequest(shift=5)
