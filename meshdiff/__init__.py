@@ -17,6 +17,7 @@ from meshdiff.models import DigitsModel
 from meshdiff.pipeline import Pipeline
 from meshdiff.request import Request
 from meshdiff.simulation import simulate
+from meshdiff.untouched import parallelize
 
 __all__ = [
     "CommsCounter",
@@ -31,6 +32,7 @@ __all__ = [
     "init_mesh",
     "joint_attention",
     "mesh_attention",
+    "parallelize",
     "place",
     "sharded_attention",
     "simulate",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
@@ -118,6 +119,8 @@ class CommsCounter(TorchDispatchMode):
         self._mesh = mesh
         self._last = ""  # collective
 
+    supports_higher_order_operators = True  # such as flex attention, which sends nothing
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Let `torch.compile` compile what it counts; collectives of the compiled code come by all the same."""
@@ -134,7 +137,7 @@ class CommsCounter(TorchDispatchMode):
         # A DTensor operation is made of operations on local tensors, which come by here in turn.
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
-        name = func._schema.name
+        name = "" if isinstance(func, HigherOrderOperator) else func._schema.name
         if name in _COLLECTIVES:
             self._record(_COLLECTIVES[name], args)
         try:
@@ -154,10 +157,14 @@ class CommsCounter(TorchDispatchMode):
         def sent(rank: int, splits: list[int], *payload: Tensor) -> int:
             return collective.sent(sum(t.nbytes for t in payload), group.size(), rank, splits)
 
-        traffic = self.traffic[dim][collective.name]
         self._last = f"{collective.name} on {dim}"
+        self.count(dim, collective.name, largest(sent(own_rank, splits, *payload)))
+
+    def count(self, dim: str, collective: str, nbytes: int) -> None:
+        """Add one call of a collective to the traffic."""
+        traffic = self.traffic[dim][collective]
         traffic.count += 1
-        traffic.bytes += largest(sent(own_rank, splits, *payload))
+        traffic.bytes += nbytes
 
     def _dim(self, group: dist.ProcessGroup) -> tuple[str, Any]:
         """The mesh dim that a group belongs to, and this rank's place in the group."""

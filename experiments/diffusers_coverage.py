@@ -1,0 +1,204 @@
+"""Put every transformer of the installed diffusers on a mesh, untouched, and compare it with itself on one device.
+
+python experiments/diffusers_coverage.py --ranks 2 3 4 > docs/diffusers.md
+
+Sizes are tiny and against the mesh: lengths and heads that the ranks do not
+divide. Prints a table in markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import tyro
+from tiny_diffusers import TINY, Tiny
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
+
+from meshdiff.agreement import is_first_rank
+from meshdiff.launch import end_process, start_ranks
+from meshdiff.mesh import Layout, init_distributed, init_mesh, launched_world_size
+from meshdiff.untouched import Report, parallelize
+
+BOUND = 1e-5
+SECONDS = 60
+"""That a rank waits for others before it gives up."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Put every transformer of the installed diffusers on a mesh and compare it with itself on one device."""
+
+    ranks: list[int] = field(default_factory=lambda: [2, 3, 4])
+    """Numbers of ranks to try, as processes of this machine."""
+    only: list[str] = field(default_factory=list)
+    """Names of classes; all by default."""
+    to: Path | None = None
+    """A file to write what was found to, as JSON lines; it is what the ranks hand over."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of one class on one number of ranks."""
+
+    name: str
+    ranks: int
+    error: float | None = None  # relative to the untouched model; None if it was refused
+    refused: str = ""
+    share: float = 0.0  # of the floating point operations that ranks shared out
+    attention: tuple[int, int] = (0, 0)  # self-attentions in blocks on shards, and on whole tensors
+    collectives: dict[str, float] = field(default_factory=dict)  # a block
+    gathers: list[str] = field(default_factory=list)  # inside blocks, and what forced them
+    whole: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_right(self) -> bool:
+        return self.error is not None and self.error <= BOUND
+
+    @property
+    def is_sharded(self) -> bool:
+        """Every self-attention on shards, and nothing gathered inside a block."""
+        gathered = self.gathers or any(name in self.collectives for name in ("all_gather", "all_reduce"))
+        return self.is_right and not self.whole and not gathered and self.attention[0] > 0 and not self.attention[1]
+
+
+def tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def difference(output: Any, expected: Any) -> float:
+    """The largest relative error of any tensor."""
+    pairs = list(zip(tensors(output), tensors(expected), strict=True))
+    assert pairs, "the model returns no tensor"
+    return max(float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs)
+
+
+def attempt(model: Tiny, mesh: DeviceMesh) -> Found:
+    """One class on the mesh, twice, as the first call finds out what the second one does."""
+    module = model.build()
+    with torch.no_grad():
+        expected = module(**model.arguments())
+        parallel = parallelize(module, mesh)
+        try:
+            error = max(difference(parallel(**model.arguments()), expected) for _ in range(2))
+        except Exception as refusal:
+            if "gloo" in str(refusal):
+                raise
+            return Found(model.name, mesh.size(), refused=" ".join(str(refusal).split())[:300] or repr(refusal))
+    return summary(model.name, error, parallel.report())
+
+
+def summary(name: str, error: float, report: Report) -> Found:
+    blocks = [block for block in report.blocks if block.name]
+    collectives: dict[str, float] = {}
+    for block in blocks:
+        for (collective, _), sent in block.sent.items():
+            collectives[collective] = collectives.get(collective, 0) + sent.count / len(blocks)
+    return Found(
+        name,
+        report.ranks,
+        error,
+        share=report.sharded_share,
+        attention=(sum(b.attention_sharded for b in blocks), sum(b.attention_replicated for b in blocks)),
+        collectives=collectives,
+        gathers=sorted(
+            {f"{what} ({line})" for block in blocks for what, _, line in block.gathers}
+            | {f"{what} ({line}: {line.text})" for block in blocks for what, line in block.sent if what != "all_to_all"}
+        ),
+        whole=report.whole,
+    )
+
+
+def on_ranks(config: Config) -> None:
+    """Every class, one after the other; rank 0 writes what came of each."""
+    assert config.to is not None
+    init_distributed(timedelta(seconds=SECONDS))
+    torch.set_num_threads(1)
+    mesh = init_mesh(Layout(cp=launched_world_size()), "cpu")["cp"]
+    for name in config.only:
+        found = attempt(TINY[name], mesh)
+        if is_first_rank():
+            with config.to.open("a") as file:
+                file.write(json.dumps(vars(found)) + "\n")
+
+
+def collect(config: Config, ranks: int) -> list[Found]:
+    """Every class on that many ranks; ranks that die are started again with what is left."""
+    names, found = config.only or sorted(TINY), []
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder) / "found.jsonl"
+        to.touch()
+        while names:
+            start_ranks(ranks, __file__, ["--to", str(to), "--only", *names])
+            found = [Found(**json.loads(line)) for line in to.read_text().splitlines()]
+            names = [name for name in names if name not in {one.name for one in found}]
+            if names:
+                lost = Found(names[0], ranks, refused="a rank died, or did not answer")
+                with to.open("a") as file:
+                    file.write(json.dumps(vars(lost)) + "\n")
+                found, names = [*found, lost], names[1:]
+    return found
+
+
+def cell(found: Found) -> str:
+    if found.error is None:
+        return "refused"
+    return ("" if found.is_right else "WRONG ") + f"{found.error:.0e}"
+
+
+def table(results: list[list[Found]]) -> str:
+    """In markdown; what is not one number is of the largest number of ranks."""
+    ranks = [one[0].ranks for one in results]
+    errors = " | ".join(f"error, {n} ranks" for n in ranks)
+    lines = [
+        f"| class | {errors} | FLOPs on shards | self-attention on shards | collectives a block | gathered in blocks |",
+        "|---|" + "---|" * (len(ranks) + 4),
+    ]
+    for row in zip(*results, strict=True):
+        last = row[-1]
+        sent = ", ".join(f"{count:.1f} {name}" for name, count in sorted(last.collectives.items())) or "none"
+        why = [*last.gathers, *(f"{kind or 'all'} whole: {reason}" for kind, reason in last.whole.items())]
+        on_shards = f"{last.attention[0]} of {sum(last.attention)}"
+        notes = "; ".join([*why, last.refused] if last.refused else why).replace("|", "/")
+        cells = [last.name, *map(cell, row), f"{last.share:.0%}", on_shards, sent, notes]
+        lines.append("| " + " | ".join(cells) + " |")
+    for one in results:
+        right = sum(found.is_right for found in one)
+        wrong = sum(found.error is not None and not found.is_right for found in one)
+        sharded = sum(found.is_sharded for found in one)
+        lines.append(
+            f"\n{one[0].ranks} ranks: {right} of {len(one)} right, {wrong} wrong, {len(one) - right - wrong} refused; "
+            f"{sharded} with every self-attention on shards and no gather inside a block."
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = tyro.cli(Config)
+    warnings.filterwarnings("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    if launched_world_size() > 1:
+        on_ranks(config)
+        end_process(0)
+    unknown = set(config.only) - set(TINY)
+    if unknown:
+        print(f"--only: {', '.join(sorted(unknown))} unknown; known: {', '.join(sorted(TINY))}", file=sys.stderr)
+        raise SystemExit(2)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}\n")
+    print(table([collect(config, ranks) for ranks in config.ranks]))
+
+
+if __name__ == "__main__":
+    main()

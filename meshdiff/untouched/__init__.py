@@ -1,0 +1,19 @@
+"""Whole models that others wrote, on a mesh, untouched and without a plan.
+
+`parallelize` makes the tokens of a model's blocks DTensors. Their placement
+says where data lies, never what it means, so the model's own code goes on as
+before. What keeps that right and fast:
+
+- `blocks`: where tokens become shards.
+- `functions`: torch functions that a placement would make gather, done by exchanges (`rows`).
+- `guard`: which operations are known to be right on shards; all others run on whole tensors.
+- `aliases`: a write to what is a view on one device and a copy here is noticed before it happens.
+- `recorder`, `report`: what was done, and what was sent for it.
+"""
+
+from __future__ import annotations
+
+from meshdiff.untouched.parallel import Parallelized, parallelize
+from meshdiff.untouched.report import Report
+
+__all__ = ["Parallelized", "Report", "parallelize"]

@@ -1,0 +1,49 @@
+"""Which tensors are one on one device, though they are several here.
+
+A slice of a tensor shares its memory; the same slice of shards is a copy, once
+rows have moved. That is right until somebody writes to one of the two. Memory
+is watched, not names: views of a shard are in the shard's memory and right.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, UntypedStorage
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from meshdiff.simulation import rank_values
+
+__all__ = ["Aliases", "memory"]
+
+
+def memory(tensor: Tensor) -> UntypedStorage:
+    """The memory of a plain tensor, or of this rank's part of a DTensor; in a simulation the first rank's."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = getattr(local, "elem", local)  # what a collective that is under way will leave
+    return rank_values(local)[0].untyped_storage()
+
+
+class Aliases:
+    """Groups of memory that would be one on one device."""
+
+    def __init__(self) -> None:
+        # A weak reference keeps the address from being given to other memory, not the memory itself.
+        self._groups: dict[int, list[StorageWeakRef]] = {}
+
+    def join(self, tensor: Tensor, copy: Tensor) -> None:
+        """Note that on one device these two would share memory."""
+        one, other = self._group(memory(tensor)), self._group(memory(copy))
+        if one is not other:
+            one += other
+            for member in other:
+                self._groups[member.cdata] = one
+
+    def copies(self, tensor: Tensor) -> bool:
+        """Whether there is other memory, still in use, that a write to this tensor should reach."""
+        if not self._groups:
+            return False
+        own = memory(tensor)._cdata
+        return any(member.cdata != own and not member.expired() for member in self._groups.get(own, ()))
+
+    def _group(self, storage: UntypedStorage) -> list[StorageWeakRef]:
+        return self._groups.setdefault(storage._cdata, [StorageWeakRef(storage)])

@@ -1,0 +1,81 @@
+"""Where tokens become shards: the lists of blocks that a transformer is made of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from meshdiff.attention.problem import chunk_sizes
+from meshdiff.untouched.tensors import to_shards
+
+__all__ = ["find_blocks", "shard_tokens"]
+
+
+def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
+    """The members of the outermost module lists that look like transformer blocks, by name.
+
+    Which modules these are decides how much runs on shards, never what comes
+    out. A module without any such list is a block itself.
+    """
+    return dict(_blocks(module, "", _attends)) or dict(_blocks(module, "", _is_block)) or {"": module}
+
+
+def _blocks(module: nn.Module, prefix: str, wanted: Callable[[nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and any(map(wanted, child.children())):
+            yield from ((f"{path}.{i}", block) for i, block in child.named_children() if wanted(block))
+        else:
+            yield from _blocks(child, f"{path}.", wanted)
+
+
+def _is_block(module: nn.Module) -> bool:
+    own = not type(module).__module__.startswith("torch.nn")
+    return own and sum(isinstance(part, nn.Linear) for part in module.modules()) >= 2
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether it has an attention in it, by name: modulation networks come as lists of blocks, too."""
+    parts = [word for name, part in module.named_modules() for word in (name.lower(), type(part).__name__.lower())]
+    return _is_block(module) and any("attn" in part or "attention" in part for part in parts)
+
+
+def shard_tokens(mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, list[Any]]:
+    """The arguments of a call of a block, the tokens among them sharded.
+
+    The tokens are the first floating point tensor with at least two dims, and
+    their sequence is the longest of the dims between the first and the last, or
+    the first, where these are too short for all ranks.
+
+    Returns:
+        args and kwargs, and the pairs of plain tensors and what they became.
+    """
+    try:
+        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+    except (TypeError, ValueError):
+        return args, kwargs, []
+    for value in (value for value in bound.arguments.values() if isinstance(value, Tensor)):
+        if not value.is_floating_point() or value.ndim < 2:
+            continue
+        if isinstance(value, DTensor) and value.placements[0].is_shard():
+            return args, kwargs, []
+        longest = sorted(range(1, value.ndim - 1), key=lambda i: -value.shape[i])[:1]
+        enough = [dim for dim in (*longest, 0) if chunk_sizes(value.shape[dim], mesh.size())[-1]]
+        if not enough:
+            return args, kwargs, []
+        dim = enough[0]
+        shards = to_shards(value, mesh, dim)
+        return *_replaced(args, kwargs, value, shards), [(value, shards)]
+    return args, kwargs, []
+
+
+def _replaced(args: Any, kwargs: Any, value: Tensor, by: Tensor) -> tuple[Any, Any]:
+    return (
+        tuple(by if arg is value else arg for arg in args),
+        {name: by if arg is value else arg for name, arg in kwargs.items()},
+    )

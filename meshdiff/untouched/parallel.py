@@ -1,0 +1,300 @@
+"""A model that somebody else wrote, over the ranks of a mesh."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from meshdiff.agreement import is_of_collective
+from meshdiff.attention.choice import AUTO
+from meshdiff.untouched.aliases import Aliases
+from meshdiff.untouched.blocks import find_blocks, shard_tokens
+from meshdiff.untouched.functions import OnShards
+from meshdiff.untouched.guard import Guard
+from meshdiff.untouched.recorder import Recorder
+from meshdiff.untouched.report import Report
+from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
+from meshdiff.untouched.tensors import map_dtensors, to_plain
+
+__all__ = ["Parallelized", "parallelize"]
+
+VERIFIED = {torch.float32: 1e-4, torch.float64: 1e-10}
+HALF = 3e-2
+
+_names = itertools.count()
+
+
+def parallelize(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    blocks: list[str] | None = None,
+    strategy: str = AUTO,
+    verify: bool = False,
+) -> Parallelized:
+    """Put a model on a mesh, as it is: from now on every call of it is shared out between the ranks.
+
+    Its code and weights stay as they are, every rank holds them whole. Every
+    rank calls it with the same plain tensors and gets the same plain tensors
+    back; gradients arrive whole in every parameter's `.grad`. At the entry of
+    each block the tokens become a DTensor that is sharded over the sequence.
+    Whatever is not known to be right on shards runs on whole tensors, the same
+    on every rank: that costs time, and `report()` says where.
+
+    The first call for each set of shapes finds out what runs how: it is slower,
+    and if something has to be taken back, the call starts again from its inputs.
+
+    Args:
+        module: any model; transformers gain most.
+        mesh: a 1-D mesh, `mesh["cp"]` say.
+        blocks: names of the submodules at whose entry tokens become shards;
+            by default the members of the module's lists of blocks.
+        strategy: of mesh attention, see `meshdiff.mesh_attention`.
+        verify: compare the first call for each set of shapes with the untouched
+            model's, on every rank, and raise if they differ.
+
+    Returns:
+        A handle: `report()` tells what the last new call did, `remove()` takes
+        the module off the mesh again.
+
+    Raises:
+        ValueError: for a mesh with more than one dim, or blocks that do not exist.
+    """
+    return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify)
+
+
+class Parallelized:
+    """A model on a mesh; see `parallelize`."""
+
+    def __init__(
+        self, module: nn.Module, mesh: DeviceMesh, *, blocks: list[str] | None, strategy: str, verify: bool
+    ) -> None:
+        if mesh.ndim != 1:
+            raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
+        if "forward" in vars(module):
+            raise ValueError(f"{type(module).__name__} has a forward of its own already; is it on a mesh twice?")
+        if blocks is not None:
+            missing = sorted(set(blocks) - {name for name, _ in module.named_modules()})
+            if missing:
+                raise ValueError(f"blocks={missing} are no submodules of {type(module).__name__}")
+        self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
+        self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
+        self.whole: dict[str, str] = {}
+        """Kinds of blocks that run on whole tensors, and why; "" is the whole model."""
+        self._name = f"untouched-{next(_names)}"
+        self._settled: set[Any] = set()
+        self._report: Report | None = None
+        self._running: _Run | None = None
+        self._forward = module.forward
+        self._block_forwards: dict[str, Callable[..., Any]] = {}
+        if mesh.size() > 1:
+            self._take_over()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def report(self) -> Report:
+        """What the last call that was new in its shapes ran on shards and on whole tensors, and sent.
+
+        Raises:
+            RuntimeError: before the first call.
+        """
+        if self._report is None:
+            raise RuntimeError("there is nothing to report before the first call, or on a mesh of one rank")
+        return self._report
+
+    def remove(self) -> None:
+        """Take the module off the mesh."""
+        for module in [self.module, *self.blocks.values()]:
+            vars(module).pop("forward", None)
+
+    def _take_over(self) -> None:
+        for name, block in self.blocks.items():
+            if block is not self.module:
+                self._block_forwards[name] = block.forward
+                block.forward = _as_forward(block.forward, functools.partial(self._call_block, name))
+        self.module.forward = _as_forward(self._forward, self._call)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._running is not None:  # a module that calls itself
+            return self._forward(*args, **kwargs)
+        signature = _signature(self.module, args, kwargs)
+        new = signature not in self._settled
+        before = Before(self.module, args, kwargs) if new else None
+        for attempt in itertools.count():
+            try:
+                output = self._call_once(new, args, kwargs)
+                break
+            except Exception as error:
+                kind = self._to_retreat(error)
+                if before is None or kind is None or is_of_collective(error):
+                    raise
+                before.check(error)
+                agree_to_retreat(self.mesh, f"{self._name}/{len(self._settled)}/{attempt}", kind)
+                self.whole[kind] = explain(error)
+        if new:
+            self._settled.add(signature)
+            if self.verify:
+                self._compare(output, args, kwargs)
+        return output
+
+    def _call_once(self, new: bool, args: Any, kwargs: Any) -> Any:
+        if "" in self.whole:
+            return self._call_whole(args, kwargs)
+        with self._on_shards(new) as run:
+            if "" in self.blocks:
+                args, kwargs = self._entered(run, "", self.module, args, kwargs)
+            output = self._forward(*args, **kwargs)
+        with run.recorder or ExitStack():
+            output = map_dtensors(to_plain, output)
+        if run.recorder is not None:
+            self._report = Report.of(self.module, self.mesh, run.recorder, self.whole)
+        return output
+
+    def _untouched(self, args: Any, kwargs: Any) -> Any:
+        """What the module does when it is on no mesh."""
+        self.remove()
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._take_over()
+
+    def _call_whole(self, args: Any, kwargs: Any) -> Any:
+        """The untouched model, on every rank."""
+        output = self._untouched(args, kwargs)
+        self._report = Report(type(self.module).__name__, self.mesh.size(), (), dict(self.whole))
+        return output
+
+    @contextmanager
+    def _on_shards(self, record: bool) -> Iterator[_Run]:
+        """What has to be on while the model runs."""
+        run = _Run(Aliases(), Recorder(self.mesh) if record else None)
+        collects = gc.isenabled()
+        # What is still in use decides whether a write is safe, and ranks must decide alike: only
+        # reference counts are the same on all of them.
+        gc.disable()
+        self._running = run
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(implicit_replication())
+                if run.recorder is not None:
+                    stack.enter_context(run.recorder)
+                functions = OnShards(self.mesh, run.aliases, self.strategy, run.recorder)
+                run.functions = functions
+                stack.enter_context(Guard(run.aliases, run.on_operation if record else None))
+                stack.enter_context(functions)
+                yield run
+        finally:
+            self._running = None
+            if collects:
+                gc.enable()
+
+    def _call_block(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if self._running is None:  # called alone, as checkpointing does in the backward pass
+            with self._on_shards(False):
+                return self._call_block(name, *args, **kwargs)
+        run, block = self._running, self.blocks[name]
+        with run.inside(name, block):
+            args, kwargs = self._entered(run, name, block, args, kwargs)
+            return self._block_forwards[name](*args, **kwargs)
+
+    def _entered(self, run: _Run, name: str, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a block: its tokens on shards, or everything whole."""
+        if type(block).__name__ in self.whole:
+
+            def gather(tensor: DTensor) -> Tensor:
+                plain = to_plain(tensor)
+                run.aliases.join(tensor, plain)
+                return plain
+
+            return map_dtensors(gather, (args, kwargs))
+        args, kwargs, became = shard_tokens(self.mesh, block, args, kwargs)
+        for plain, shards in became:
+            run.aliases.join(plain, shards)
+        return args, kwargs
+
+    def _to_retreat(self, error: Exception) -> str | None:
+        """The kind of block to run on whole tensors from now on; None if that has been tried."""
+        if isinstance(error, torch.OutOfMemoryError) or "" in self.whole:
+            return None
+        name = getattr(error, "_meshdiff_block", None)
+        kind = "" if name is None else type(self.blocks[name]).__name__
+        return "" if kind in self.whole else kind
+
+    def _compare(self, output: Any, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            expected = self._untouched(args, kwargs)
+        for one, other in zip(tree_leaves(output), tree_leaves(expected), strict=True):
+            if isinstance(one, Tensor) and one.is_floating_point():
+                size = torch.linalg.vector_norm(other.double())
+                error = float(torch.linalg.vector_norm((one - other).double()) / size)
+                if not error <= VERIFIED.get(one.dtype, HALF):
+                    model = type(self.module).__name__
+                    raise RuntimeError(f"verify: {model} on this mesh differs from the untouched model by {error:.1e}")
+
+
+class _Run:
+    """One call while it goes on."""
+
+    def __init__(self, aliases: Aliases, recorder: Recorder | None) -> None:
+        self.aliases, self.recorder = aliases, recorder
+        self.functions: OnShards | None = None
+
+    @contextmanager
+    def inside(self, name: str, block: nn.Module) -> Iterator[None]:
+        """While a block runs; an error remembers the block it came from."""
+        if self.recorder is not None:
+            self.recorder.enter(name, type(block).__name__)
+        try:
+            yield
+        except Exception as error:
+            if not hasattr(error, "_meshdiff_block"):
+                error._meshdiff_block = name  # type: ignore[attr-defined]
+            raise
+        finally:
+            if self.recorder is not None:
+                self.recorder.enter("", "")
+
+    def on_operation(self, func: Any, arguments: Any, result: Any) -> None:
+        assert self.recorder is not None
+        if self.functions is None or not self.functions.exchanging:
+            self.recorder.on_operation(func, arguments, result)
+
+
+def _as_forward(forward: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called in place of a module's forward, with its name and signature."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return instead(*args, **kwargs)
+
+    return call
+
+
+def _signature(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What decides how a call runs: the shapes of its tensors and the values of everything else that is small."""
+    leaves, structure = tree_flatten((args, kwargs))
+    described = tuple(
+        (tuple(leaf.shape), leaf.dtype)
+        if isinstance(leaf, Tensor)
+        else str(leaf)[:50]
+        if _is_small(leaf)
+        else type(leaf)
+        for leaf in leaves
+    )
+    return described, str(structure), torch.is_grad_enabled(), module.training
+
+
+def _is_small(value: Any) -> bool:
+    return isinstance(value, (bool, str)) or value is None

@@ -1,0 +1,222 @@
+"""Cutting and joining along the sharded dim: an exchange of the rows whose owner changes.
+
+On one device `cat`, a slice, `split` and padding lay rows out anew. On shards
+the rows that a rank holds before and after mostly are the same ones; DTensor
+would gather all of them, this sends only those that a rank misses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from meshdiff.attention.problem import chunk_ranges
+from meshdiff.simulation import on_each_rank
+
+__all__ = ["Piece", "rearrange"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `stop` of a source; zeros if the source is None."""
+
+    source: int | None
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows go where.
+
+    Attributes:
+        sources: the length of each source.
+        sharded: whether a source is sharded; else every rank holds all of it.
+        outputs: the pieces that each output is made of, in order.
+        ranks: how many ranks share the rows of each.
+    """
+
+    sources: tuple[int, ...]
+    sharded: tuple[bool, ...]
+    outputs: tuple[tuple[Piece, ...], ...]
+    ranks: int
+
+    def length(self, output: int) -> int:
+        return sum(map(len, self.outputs[output]))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows that travel together: where they are in the sender's part, and where they go in the receiver's."""
+
+    source: int
+    start: int
+    output: int
+    place: int
+    rows: int
+
+
+@lru_cache(maxsize=4096)
+def segments(plan: Plan, sender: int, receiver: int) -> tuple[Segment, ...]:
+    """What a rank has that another one needs; of a source that is whole, each rank has what it needs."""
+    found = []
+    for output, pieces in enumerate(plan.outputs):
+        wanted = chunk_ranges(plan.length(output), plan.ranks)[receiver]
+        at = 0
+        for piece in pieces:
+            first, at = at, at + len(piece)
+            if piece.source is None:
+                continue
+            held = range(plan.sources[piece.source])
+            if plan.sharded[piece.source]:
+                held = chunk_ranges(plan.sources[piece.source], plan.ranks)[sender]
+            elif sender != receiver:
+                continue
+            shift = first - piece.start  # from rows of the source to rows of the output
+            start = max(piece.start, held.start, wanted.start - shift)
+            stop = min(piece.stop, held.stop, wanted.stop - shift)
+            if start < stop:
+                place = start + shift - wanted.start
+                found.append(Segment(piece.source, start - held.start, output, place, stop - start))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def nothing_moves(plan: Plan) -> bool:
+    """Whether every rank has all that it needs."""
+    return not any(segments(plan, *pair) for pair in itertools.permutations(range(plan.ranks), 2))
+
+
+def rearrange(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int) -> list[DTensor]:
+    """New DTensors, sharded on `dim`, made of pieces of others along that dim; one all-to-all, or none.
+
+    Differentiable.
+
+    Args:
+        sources: on one 1-D mesh, each sharded on `dim` or replicated, alike in all other dims.
+        outputs: what each output is made of, in order.
+        dim: not negative.
+    """
+    return list(_Rearrange.apply(dim, tuple(map(tuple, outputs)), *sources))
+
+
+class _Rearrange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dim: int, outputs: tuple[tuple[Piece, ...], ...], *sources: DTensor) -> tuple[DTensor, ...]:
+        ctx.dim, ctx.outputs = dim, outputs
+        ctx.lengths = [source.shape[dim] for source in sources]
+        return tuple(_rearranged(sources, outputs, dim))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: DTensor) -> tuple[Any, ...]:
+        of_sources = [_back(ctx.outputs, source, length) for source, length in enumerate(ctx.lengths)]
+        sharded = [_on_dim(gradient, ctx.dim) for gradient in gradients]
+        return None, None, *_rearranged(sharded, of_sources, ctx.dim)
+
+
+def _back(outputs: Sequence[Sequence[Piece]], source: int, length: int) -> list[Piece]:
+    """The gradient of a source: pieces of those of the outputs, and zeros where no output has any."""
+    taken = []
+    for output, pieces in enumerate(outputs):
+        at = 0
+        for piece in pieces:
+            if piece.source == source:
+                taken.append((piece.start, Piece(output, at, at + len(piece))))
+            at += len(piece)
+    whole, at = [], 0
+    for start, piece in sorted(taken, key=lambda pair: pair[0]):
+        whole += [Piece(None, at, start), piece]
+        at = start + len(piece)
+    return [piece for piece in [*whole, Piece(None, at, length)] if len(piece)]
+
+
+def _on_dim(tensor: DTensor, dim: int) -> DTensor:
+    placement = tensor.placements[0]
+    if placement.is_replicate() or placement.is_shard(dim):
+        return tensor
+    return tensor.redistribute(placements=[Shard(dim)])
+
+
+def _rearranged(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int) -> list[DTensor]:
+    mesh = sources[0].device_mesh
+    plan = Plan(
+        tuple(source.shape[dim] for source in sources),
+        tuple(source.placements[0].is_shard() for source in sources),
+        tuple(map(tuple, outputs)),
+        mesh.size(),
+    )
+    rank = mesh.get_local_rank()
+    shards = [source.to_local() for source in sources]
+    row = math.prod(size for other, size in enumerate(sources[0].shape) if other != dim)
+    received = None
+    if not nothing_moves(plan):
+        received = funcol.wait_tensor(
+            funcol.all_to_all_single(
+                _pack(plan, rank, dim, *shards),
+                output_split_sizes=_sizes(plan, rank, row, receives=True),
+                input_split_sizes=_sizes(plan, rank, row, receives=False),
+                group=mesh,
+            )
+        )
+    made = _unpack(plan, rank, dim, received, *shards)
+    return [_from_shard(shard, mesh, dim, sources[0], plan.length(i)) for i, shard in enumerate(made)]
+
+
+def _from_shard(shard: Tensor, mesh: DeviceMesh, dim: int, like: Tensor, length: int) -> DTensor:
+    shape = (*like.shape[:dim], length, *like.shape[dim + 1 :])
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(shard, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+@on_each_rank
+def _sizes(plan: Plan, rank: int, row: int, *, receives: bool) -> list[int]:
+    """Elements that this rank sends to each rank, or gets from it; what it keeps is in no message."""
+    pairs = [(other, rank) if receives else (rank, other) for other in range(plan.ranks)]
+    return [0 if one == other else row * sum(s.rows for s in segments(plan, one, other)) for one, other in pairs]
+
+
+@on_each_rank
+def _pack(plan: Plan, rank: int, dim: int, *shards: Tensor) -> Tensor:
+    """All that this rank sends, by receiver."""
+    rows = [
+        shards[s.source].narrow(dim, s.start, s.rows).reshape(-1)
+        for other in range(plan.ranks)
+        if other != rank
+        for s in segments(plan, rank, other)
+    ]
+    return torch.cat(rows) if rows else shards[0].new_empty(0)
+
+
+@on_each_rank
+def _unpack(plan: Plan, rank: int, dim: int, received: Tensor | None, *shards: Tensor) -> tuple[Tensor, ...]:
+    """Each output's part on this rank, of what it keeps and what has come."""
+    made = []
+    for output, pieces in enumerate(plan.outputs):
+        shape = list(shards[0].shape)
+        shape[dim] = len(chunk_ranges(plan.length(output), plan.ranks)[rank])
+        zeros = any(piece.source is None for piece in pieces)
+        made.append(shards[0].new_zeros(shape) if zeros else shards[0].new_empty(shape))
+    at = 0
+    for sender in range(plan.ranks):
+        for s in segments(plan, sender, rank):
+            place = made[s.output].narrow(dim, s.place, s.rows)
+            if sender == rank:
+                place.copy_(shards[s.source].narrow(dim, s.start, s.rows))
+            else:
+                assert received is not None
+                place.copy_(received[at : at + place.numel()].view(place.shape))
+                at += place.numel()
+    return tuple(made)
