@@ -15,15 +15,19 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.distributed._local_tensor import (
     LocalTensor,
     LocalTensorMode,
     enabled_local_tensor_mode,
     maybe_run_for_local_tensor,
 )
+from torch.distributed.tensor import DTensor
 
 # Registers the process group backend that sends nothing.
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["is_simulated", "largest", "on_each_rank", "outside", "rank_values", "simulate", "unwrap"]
 
@@ -50,10 +54,28 @@ def simulate(world_size: int) -> Iterator[None]:
         raise RuntimeError("simulate() needs a process in which torch.distributed has not been started")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        with LocalTensorMode(world_size):
+        with LocalTensorMode(world_size), _WritesOnce():
             yield
     finally:
         dist.destroy_process_group()
+
+
+class _WritesOnce(TorchDispatchMode):
+    """Tensors from outside a simulation are of all ranks at once: what each rank writes to one is written once.
+
+    torch would write for one rank after the other, which adds to it as often as there are ranks.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented
+        mutable = not isinstance(func, HigherOrderOperator) and func._schema.is_mutable
+        if not mutable or LocalTensor not in types or not args or isinstance(args[0], (LocalTensor, list, tuple)):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map_only(LocalTensor, unwrap, (args, kwargs))
+        with outside():
+            return func(*args, **kwargs)
 
 
 def is_simulated() -> bool:

@@ -8,12 +8,14 @@ before. What keeps that right and fast:
 - `functions`: torch functions that a placement would make gather, done by exchanges (`rows`).
 - `guard`: which operations are known to be right on shards; all others run on whole tensors.
 - `aliases`: a write to what is a view on one device and a copy here is noticed before it happens.
+- `guidance`: the branches of a guided step at once, on the ranks of another mesh dim.
 - `recorder`, `report`: what was done, and what was sent for it.
 """
 
 from __future__ import annotations
 
+from meshdiff.untouched.guidance import Guidance
 from meshdiff.untouched.parallel import Parallelized, parallelize
 from meshdiff.untouched.report import Report
 
-__all__ = ["Parallelized", "Report", "parallelize"]
+__all__ = ["Guidance", "Parallelized", "Report", "parallelize"]

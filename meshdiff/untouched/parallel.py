@@ -27,7 +27,7 @@ from meshdiff.untouched.report import Report
 from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
 from meshdiff.untouched.tensors import map_dtensors, to_plain
 
-__all__ = ["Parallelized", "parallelize"]
+__all__ = ["Parallelized", "difference", "parallelize", "replace_forward", "tolerance"]
 
 VERIFIED = {torch.float32: 1e-4, torch.float64: 1e-10}
 HALF = 3e-2
@@ -99,7 +99,8 @@ class Parallelized:
         self._forward = module.forward
         self._block_forwards: dict[str, Callable[..., Any]] = {}
         if mesh.size() > 1:
-            self._take_over()
+            self._take_over_blocks()
+            replace_forward(module, self._call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -114,17 +115,21 @@ class Parallelized:
             raise RuntimeError("there is nothing to report before the first call, or on a mesh of one rank")
         return self._report
 
+    @property
+    def was_called(self) -> bool:
+        """Whether there is something to report."""
+        return self._report is not None
+
     def remove(self) -> None:
         """Take the module off the mesh."""
         for module in [self.module, *self.blocks.values()]:
             vars(module).pop("forward", None)
 
-    def _take_over(self) -> None:
+    def _take_over_blocks(self) -> None:
         for name, block in self.blocks.items():
             if block is not self.module:
                 self._block_forwards[name] = block.forward
-                block.forward = _as_forward(block.forward, functools.partial(self._call_block, name))
-        self.module.forward = _as_forward(self._forward, self._call)
+                replace_forward(block, functools.partial(self._call_block, name))
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self._running is not None:  # a module that calls itself
@@ -164,11 +169,13 @@ class Parallelized:
 
     def _untouched(self, args: Any, kwargs: Any) -> Any:
         """What the module does when it is on no mesh."""
-        self.remove()
+        for block in self.blocks.values():
+            if block is not self.module:
+                vars(block).pop("forward", None)
         try:
             return self._forward(*args, **kwargs)
         finally:
-            self._take_over()
+            self._take_over_blocks()
 
     def _call_whole(self, args: Any, kwargs: Any) -> Any:
         """The untouched model, on every rank."""
@@ -235,13 +242,10 @@ class Parallelized:
     def _compare(self, output: Any, args: Any, kwargs: Any) -> None:
         with torch.no_grad():
             expected = self._untouched(args, kwargs)
-        for one, other in zip(tree_leaves(output), tree_leaves(expected), strict=True):
-            if isinstance(one, Tensor) and one.is_floating_point():
-                size = torch.linalg.vector_norm(other.double())
-                error = float(torch.linalg.vector_norm((one - other).double()) / size)
-                if not error <= VERIFIED.get(one.dtype, HALF):
-                    model = type(self.module).__name__
-                    raise RuntimeError(f"verify: {model} on this mesh differs from the untouched model by {error:.1e}")
+        apart = difference(output, expected)
+        if not apart <= tolerance(expected):
+            model = type(self.module).__name__
+            raise RuntimeError(f"verify: {model} on this mesh differs from the untouched model by {apart:.1e}")
 
 
 class _Run:
@@ -272,14 +276,32 @@ class _Run:
             self.recorder.on_operation(func, arguments, result)
 
 
-def _as_forward(forward: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """What is called in place of a module's forward, with its name and signature."""
+def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> None:
+    """Have calls of a module go to `instead`, which keeps the name and the signature of its forward."""
 
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(module.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
         return instead(*args, **kwargs)
 
-    return call
+    module.forward = forward
+
+
+def difference(output: Any, expected: Any) -> float:
+    """The largest relative error, in L2 norm, of any tensor of an output."""
+    pairs = zip(_floats(output), _floats(expected), strict=True)
+    return max(
+        (float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs if b.numel()),
+        default=0.0,
+    )
+
+
+def tolerance(output: Any) -> float:
+    """How far outputs of one program may be apart."""
+    return max((VERIFIED.get(tensor.dtype, HALF) for tensor in _floats(output)), default=0.0)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _signature(module: nn.Module, args: Any, kwargs: Any) -> Any:

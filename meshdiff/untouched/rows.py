@@ -118,23 +118,25 @@ class _Rearrange(torch.autograd.Function):
     def forward(ctx: Any, dim: int, outputs: tuple[tuple[Piece, ...], ...], *sources: DTensor) -> tuple[DTensor, ...]:
         ctx.dim, ctx.outputs = dim, outputs
         ctx.lengths = [source.shape[dim] for source in sources]
+        ctx.set_materialize_grads(False)  # torch would make plain zeros
         return tuple(_rearranged(sources, outputs, dim))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: DTensor) -> tuple[Any, ...]:
-        of_sources = [_back(ctx.outputs, source, length) for source, length in enumerate(ctx.lengths)]
-        sharded = [_on_dim(gradient, ctx.dim) for gradient in gradients]
+    def backward(ctx: Any, *gradients: DTensor | None) -> tuple[Any, ...]:
+        given = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        of_sources = [_back(ctx.outputs, given, source, length) for source, length in enumerate(ctx.lengths)]
+        sharded = [_on_dim(gradient, ctx.dim) for gradient in gradients if gradient is not None]
         return None, None, *_rearranged(sharded, of_sources, ctx.dim)
 
 
-def _back(outputs: Sequence[Sequence[Piece]], source: int, length: int) -> list[Piece]:
-    """The gradient of a source: pieces of those of the outputs, and zeros where no output has any."""
+def _back(outputs: Sequence[Sequence[Piece]], given: list[int], source: int, length: int) -> list[Piece]:
+    """The gradient of a source: pieces of those that the outputs were given, and zeros elsewhere."""
     taken = []
-    for output, pieces in enumerate(outputs):
+    for place, output in enumerate(given):
         at = 0
-        for piece in pieces:
+        for piece in outputs[output]:
             if piece.source == source:
-                taken.append((piece.start, Piece(output, at, at + len(piece))))
+                taken.append((piece.start, Piece(place, at, at + len(piece))))
             at += len(piece)
     whole, at = [], 0
     for start, piece in sorted(taken, key=lambda pair: pair[0]):

@@ -1,0 +1,88 @@
+"""Any model and any pipeline of diffusers on a mesh, untouched.
+
+    pipeline = DiffusionPipeline.from_pretrained(...)
+    parallel = parallelize(pipeline, init_mesh(Layout(cfg=2, cp=4)))
+    video = pipeline(prompt, generator=torch.Generator().manual_seed(0)).frames
+
+Every rank runs the pipeline, and gets the same images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.attention.choice import AUTO
+from meshdiff.untouched import Guidance, Parallelized, Report
+from meshdiff.untouched import parallelize as parallelize_module
+
+__all__ = ["Parallel", "parallelize"]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Models on a mesh.
+
+    Attributes:
+        models: those that share the sequence, by name.
+        guidance: those that share the guidance branches, by name.
+    """
+
+    models: dict[str, Parallelized]
+    guidance: dict[str, Guidance]
+
+    def report(self) -> dict[str, Report]:
+        """What each model that has been called did; see `meshdiff.parallelize`."""
+        return {name: model.report() for name, model in self.models.items() if model.was_called}
+
+    def remove(self) -> None:
+        """Take the models off the mesh."""
+        for of_model in (self.guidance, self.models):
+            for handle in of_model.values():
+                handle.remove()
+
+
+def parallelize(
+    model: nn.Module | DiffusionPipeline, mesh: DeviceMesh, *, strategy: str = AUTO, verify: bool = False
+) -> Parallel:
+    """Put a model of diffusers, or the transformers of a pipeline, on a mesh.
+
+    Ranks along `cp` share the sequence, as `meshdiff.parallelize` says. Ranks
+    along `cfg` share the guidance branches: the rows of a doubled batch, or the
+    two or three calls of the transformer that a step makes.
+
+    Every rank is to call it with the same arguments; for a pipeline, give each
+    call a `generator` of the same seed.
+
+    Args:
+        model: a model, or a pipeline whose `transformer`, `transformer_2`, ... are meant.
+        mesh: `mesh["cp"]`, `mesh["cfg"]` or the 2-D `(cfg, cp)` mesh.
+        strategy: of mesh attention, see `meshdiff.mesh_attention`.
+        verify: compare the first call with the untouched model's; see `meshdiff.parallelize`.
+
+    Raises:
+        ValueError: for a pipeline without transformer, or another mesh.
+    """
+    names = mesh.mesh_dim_names or ()
+    if not names or set(names) - {"cfg", "cp"}:
+        raise ValueError(f'parallelize takes a mesh of dims "cfg" and "cp"; given {names or "dims without names"}')
+    if isinstance(model, DiffusionPipeline):
+        parts = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
+        modules = {name: part for name, part in parts.items() if name.startswith("transformer")}
+        if not modules:
+            raise ValueError(
+                f"{type(model).__name__} has no transformer to share out; its models are {', '.join(parts)}"
+            )
+    else:
+        modules = {type(model).__name__: model}
+    models, guidance = {}, {}
+    for name, module in modules.items():
+        if "cp" in names:
+            along_cp = mesh["cp"] if mesh.ndim > 1 else mesh
+            models[name] = parallelize_module(module, along_cp, strategy=strategy, verify=verify)
+        if "cfg" in names:
+            guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
+    return Parallel(models, guidance)
