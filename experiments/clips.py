@@ -39,19 +39,23 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def started(config: Config, layout: Layout, model: VideoModel) -> Iterator[Pipeline]:
+def started(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
     """The model on its mesh, in this world or in a simulated one."""
     with simulate(layout.world_size) if config.simulate else contextlib.nullcontext():
         with agreed():
-            pipeline = Pipeline(
-                model,
-                init_mesh(layout, config.device_type),
-                dtype=config.torch_dtype,
-                compile=config.compile,
-                shard_weights=config.shard_weights,
-                offload=config.low_memory >= 3,
-                strategy=config.strategy,
-            )
+            mesh = init_mesh(layout, config.device_type)
+            if config.model == "diffusers":
+                pipeline = model.run(mesh, config.torch_dtype, config.strategy)
+            else:
+                pipeline = Pipeline(
+                    model,
+                    mesh,
+                    dtype=config.torch_dtype,
+                    compile=config.compile,
+                    shard_weights=config.shard_weights,
+                    offload=config.low_memory >= 3,
+                    strategy=config.strategy,
+                )
         yield pipeline
 
 
@@ -71,6 +75,8 @@ def generate(
 
     with CommsCounter(pipeline.mesh) as comms:
         video = pipeline.generate(request, on_step=step, on_stage=stage)
+    if config.model == "diffusers":
+        request = pipeline.done(request, video)
     metrics = collect(pipeline, request, layout, timer, memory, comms, config.described())
     if not video.isfinite().all():
         raise InputError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import io
 import os
 import signal
@@ -19,7 +20,8 @@ import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -30,20 +32,27 @@ from meshdiff.errors import InputError
 from meshdiff.launch import end_process, end_with_launcher, start_ranks
 from meshdiff.liveness import Heartbeats, lost_rank
 from meshdiff.mesh import Layout, check_gpus, init_distributed, launched_world_size, torchrun_command
-from meshdiff.models import DigitsModel, RandomModel, RandomShape, VideoModel, WanModel, WanRequest
+from meshdiff.models import DigitsModel, RandomModel, RandomShape, WanModel, WanRequest
 from meshdiff.models.digits import WEIGHTS
 from meshdiff.pipeline import check_strategy, prepare_request
 from meshdiff.request import Request
 from meshdiff.requests import read_requests
+
+LARGE = {
+    "wan": "a folder or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or make a tiny one: "
+    "python experiments/make_tiny_wan.py --out tiny-wan",
+    "diffusers": "the folder of a pipeline, or make a tiny one: python experiments/tiny_pipelines flux --out tiny-flux",
+}
+"""Models that are read from --checkpoint, and what to name there."""
 
 
 @dataclass(frozen=True)
 class Config:
     """Make one clip from a prompt, on one device or on many."""
 
-    model: Literal["digits", "wan", "random"] = "digits"
-    """The embedded model; or Wan text-to-video from --checkpoint (--model wan --help shows Wan's own defaults); or one
-    of random weights and any size, to measure with."""
+    model: Literal["digits", "wan", "diffusers", "random"] = "digits"
+    """The embedded model; or Wan text-to-video from --checkpoint (--model wan --help shows Wan's own defaults); or any
+    pipeline of diffusers from --checkpoint, untouched; or one of random weights and any size, to measure with."""
     request: tyro.conf.OmitArgPrefixes[Request] = field(default_factory=Request)
     prompts: str | None = None
     """A list of requests: a prompt a line, or a JSON object a line with any of the request options (with _ for -) and
@@ -79,7 +88,7 @@ class Config:
     """Weights of the embedded model (safetensors); those of the package by default."""
     shape: tyro.conf.OmitArgPrefixes[RandomShape] = field(default_factory=RandomShape)
     checkpoint: str | None = None
-    """Wan: a folder in diffusers' layout or in Wan's own, or a Hugging Face id."""
+    """Wan: a folder in diffusers' layout or in Wan's own, or a Hugging Face id. diffusers: the folder of a pipeline."""
     components: str | None = None
     """Wan: the folder of text encoder, tokenizer and VAE in diffusers' layout, where --checkpoint has none."""
     shard_weights: bool = False
@@ -113,12 +122,14 @@ class Config:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        fast = self.model == "wan" and self.device_type == "cuda"
+        fast = self.model in LARGE and self.device_type == "cuda"
         return getattr(torch, ("bfloat16" if fast else "float32") if self.dtype == "auto" else self.dtype)
 
     @property
     def branches(self) -> int:
         """Of the request that the flags describe; a list may hold others, which are done all the same."""
+        if self.model == "diffusers":
+            return self.open_model().branches(self.request)
         return len(self.request.branches)
 
     def of_model(self) -> dict[str, object]:
@@ -142,13 +153,15 @@ class Config:
             "low_memory": self.low_memory,
         }
 
-    def open_model(self) -> VideoModel:
-        """The model, checked; the weights of a large one are read when they are needed."""
+    def open_model(self) -> Any:
+        """The `VideoModel`, checked; the weights of a large one are read when they are needed."""
         if self.model == "digits":
             return DigitsModel.load(self.weights or WEIGHTS)
         if self.model == "random":
             return RandomModel(self.shape)
         assert self.checkpoint is not None
+        if self.model == "diffusers":
+            return integration().DiffusersModel(self.checkpoint)
         return WanModel.open(
             self.checkpoint,
             self.components,
@@ -159,15 +172,13 @@ class Config:
 
     def check(self) -> None:
         """Raise `InputError` for combinations that cannot work, whatever the layout."""
-        if self.model == "wan" and self.checkpoint is None:
-            raise InputError(
-                "--checkpoint",
-                "is missing; name a folder or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or make a tiny one: "
-                "python experiments/make_tiny_wan.py --out tiny-wan",
-            )
-        for flag, of in (("weights", "digits"), ("checkpoint", "wan"), ("components", "wan")):
-            if getattr(self, flag) is not None and self.model != of:
-                raise InputError(f"--{flag}", f"is for --model {of}; this is --model {self.model}")
+        if self.model in LARGE and self.checkpoint is None:
+            raise InputError("--checkpoint", f"is missing; name {LARGE[self.model]}")
+        for flag, of in (("weights", ["digits"]), ("checkpoint", [*LARGE]), ("components", ["wan"])):
+            if getattr(self, flag) is not None and self.model not in of:
+                raise InputError(f"--{flag}", f"is for --model {' or '.join(of)}; this is --model {self.model}")
+        if self.model == "diffusers":
+            self.check_untouched()
         if self.shape != RandomShape() and self.model != "random":
             raise InputError("--dim, --depth, --heads", f"are for --model random; this is --model {self.model}")
         if self.resume and (self.prompts is None or self.out is None):
@@ -187,6 +198,16 @@ class Config:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda", "this machine has no usable GPU; use --device cpu")
 
+    def check_untouched(self) -> None:
+        """Raise `InputError` for what cannot be done to a model that others wrote."""
+        for flag, default in (("compile", False), ("shard_weights", False), ("low_memory", 0), ("simulate", False)):
+            if getattr(self, flag) != default:
+                raise InputError(
+                    f"--{flag.replace('_', '-')}", "is not for --model diffusers, whose code is not touched"
+                )
+        if self.strategy == "hybrid":
+            raise InputError("--strategy hybrid", "is not for --model diffusers, whose heads are not known beforehand")
+
 
 def parse(arguments: list[str]) -> Config:
     """Read the flags; a parse error becomes an `InputError`, so that all ranks hear of it."""
@@ -204,7 +225,27 @@ def parse(arguments: list[str]) -> Config:
 
 def _defaults(arguments: list[str]) -> Config:
     """Each model has its own idea of a clip, which the help is to show."""
-    return Config(request=WanRequest() if peek("--model", arguments) == "wan" else Request())
+    model = peek("--model", arguments)
+    if model == "diffusers":
+        return Config(request=integration().DiffusersRequest())
+    return Config(request=WanRequest() if model == "wan" else Request())
+
+
+def integration() -> ModuleType:
+    """What runs pipelines of diffusers, which other models do without.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    try:
+        module = importlib.import_module("meshdiff.integrations.pipelines")
+    except ImportError as error:
+        raise InputError(
+            "--model diffusers", f"needs diffusers ({error}); pip install 'meshdiff[diffusers]'"
+        ) from error
+    importlib.import_module("diffusers.utils.logging").set_verbosity_error()
+    importlib.import_module("diffusers.utils.logging").disable_progress_bar()
+    return module
 
 
 def peek(flag: str, arguments: list[str]) -> str | None:
@@ -217,7 +258,7 @@ def peek(flag: str, arguments: list[str]) -> str | None:
 def timeout(arguments: list[str]) -> timedelta:
     """How long to wait for other ranks, with which the flags are yet to be agreed on."""
     given = peek("--timeout", arguments) or ""
-    slow = torch.cuda.is_available() or peek("--model", arguments) == "wan"
+    slow = torch.cuda.is_available() or peek("--model", arguments) in LARGE
     return timedelta(seconds=int(given) if given.isdecimal() and int(given) else 600 if slow else 60)
 
 

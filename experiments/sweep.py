@@ -66,7 +66,7 @@ class Config:
     """Sampling steps of a clip; the time of a cell is that of the median step."""
     guidance_scale: float | None = None
     """1 turns guidance off, and leaves --cfg nothing to divide; by default what run.py takes."""
-    model: Literal["random", "digits", "wan"] = "random"
+    model: Literal["random", "digits", "wan", "diffusers"] = "random"
     """Embedded digits are too small a model to gain by more ranks; random weights can be of any size."""
     checkpoint: str | None = None
     """Of --model wan. A small one: python experiments/make_tiny_wan.py --out tiny-wan"""

@@ -123,7 +123,8 @@ def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, 
 
 def _check_same(entry: Entry, asked: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
     for key, value in asked.items():
-        if metrics.get(key) != value:
+        chosen_by_model = value is None and key in ("frames", "height", "width")
+        if not chosen_by_model and metrics.get(key) != value:
             raise InputError(
                 "--resume",
                 f"{entry.name} was made with {key} {metrics.get(key)!r}, and now {value!r} is asked for; name another "

@@ -109,10 +109,11 @@ class RunMetrics:
     frames: int
     height: int
     width: int
-    steps: int
-    guidance_scale: float
+    steps: int | None
+    guidance_scale: float | None
+    """None, as for steps: as the pipeline of diffusers has it."""
     solver: str
-    shift: float
+    shift: float | None
     strategy: str
     """Of self-attention, as it was asked for."""
     dtype: str
@@ -135,6 +136,8 @@ class RunMetrics:
     threads_per_rank: int
     guidance_scale_2: float | None = None
     """Of Wan2.2's second expert."""
+    true_cfg_scale: float | None = None
+    """Of pipelines of diffusers that have it."""
     torch_version: str = torch.__version__
     meshdiff_version: str = field(default_factory=lambda: meshdiff.__version__)
 

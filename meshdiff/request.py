@@ -49,11 +49,12 @@ class Request:
             if broken:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(flag, f"holds {broken[0]!r}, which is a control character or half of one")
-        if self.steps > MOST_STEPS:
+        if (self.steps or 0) > MOST_STEPS:
             raise InputError("--steps", f"{self.steps} given, needs {MOST_STEPS} at most")
         for name in ("frames", "height", "width", "steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name}", f"{getattr(self, name)} given, needs at least 1")
+            size = getattr(self, name)
+            if size is not None and size < 1:  # None: a model of its own sizes chooses
+                raise InputError(f"--{name}", f"{size} given, needs at least 1")
         for scale in self.guidance_scales:
             if not math.isfinite(scale):
                 raise InputError("--guidance-scale", f"{scale} given, needs a finite number")

@@ -1,0 +1,212 @@
+"""A folder of diffusers, whatever pipeline it holds, as a model that `experiments/run.py` runs.
+
+The pipeline is the one that diffusers makes of the folder, with its own
+scheduler, text encoders and VAE, which every rank runs; its transformers are on
+the mesh, untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.attention.choice import AUTO
+from meshdiff.errors import InputError
+from meshdiff.integrations.diffusers import parallelize
+from meshdiff.mesh import DP, replica
+from meshdiff.request import Request
+
+__all__ = ["DiffusersModel", "DiffusersRequest", "DiffusersRun"]
+
+INDEX = "model_index.json"
+
+NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
+"""What pipelines call an option that has another name here."""
+
+
+@dataclass(frozen=True)
+class DiffusersRequest(Request):
+    """One clip, or image, to generate; what is left out is as the pipeline has it."""
+
+    # A pipeline has its own idea of all of these, which a type checker does not allow a subclass.
+    prompt: str = "A cat walking on grass."
+    """What the clip or image shows."""
+    frames: int | None = None  # type: ignore[assignment]
+    """Frames of the clip; the pipeline's default if left out."""
+    height: int | None = None  # type: ignore[assignment]
+    """Height in pixels; the pipeline's default if left out."""
+    width: int | None = None  # type: ignore[assignment]
+    """Width in pixels; the pipeline's default if left out."""
+    steps: int | None = None  # type: ignore[assignment]
+    """Sampling steps; the pipeline's default if left out."""
+    guidance_scale: float | None = None  # type: ignore[assignment]
+    """How strongly to follow the prompt; the pipeline's default if left out."""
+    true_cfg_scale: float | None = None
+    """The same, of pipelines that have guidance beside a guidance scale that is trained in (FLUX, Qwen-Image)."""
+    solver: Literal["pipeline"] = "pipeline"  # type: ignore[assignment]
+    """The scheduler of the pipeline."""
+    shift: float | None = None
+    """Is the scheduler's own; not to be given."""
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        return tuple(scale for scale in (self.guidance_scale, self.true_cfg_scale) if scale is not None)
+
+
+class DiffusersModel:
+    """A pipeline in a folder.
+
+    Args:
+        checkpoint: the folder, as `pipeline.save_pretrained` writes it.
+
+    Raises:
+        InputError: if it is none, or takes no prompt.
+    """
+
+    transformers: Sequence[nn.Module] = ()
+    fps = 16
+
+    def __init__(self, checkpoint: str) -> None:
+        self.folder = Path(checkpoint)
+        try:
+            self.kind = json.loads((self.folder / INDEX).read_text())["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{self.folder / INDEX} cannot be read ({' '.join(str(error).split())})"
+            raise InputError("--checkpoint", f"{reason}; name a folder in diffusers' layout") from error
+        if not isinstance(getattr(diffusers, str(self.kind), None), type):
+            raise InputError(
+                "--checkpoint", f"{self.folder} is a {self.kind}, which diffusers {_VERSION} does not have"
+            )
+        if "prompt" not in self.options:
+            raise InputError("--checkpoint", f"{self.folder} is a {self.kind}, which takes no prompt")
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """What a call of the pipeline takes, with its defaults."""
+        parameters = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
+
+    def branches(self, request: DiffusersRequest) -> int:
+        """How many branches of guidance a step has."""
+        name = "true_cfg_scale" if "true_cfg_scale" in self.options else "guidance_scale"
+        scale = getattr(request, name)
+        scale = self.options.get(name) if scale is None else scale
+        wanted = name == "guidance_scale" or bool(request.negative_prompt)
+        return 2 if wanted and scale is not None and scale > 1 else 1
+
+    def prepare(self, request: Request) -> Request:
+        if not isinstance(request, DiffusersRequest):
+            raise TypeError(f"DiffusersModel takes a DiffusersRequest, not a {type(request).__name__}")
+        for name in ("frames", "height", "width", "steps", "guidance_scale", "true_cfg_scale"):
+            if getattr(request, name) is not None and NAMES.get(name, name) not in self.options:
+                raise InputError(f"--{name.replace('_', '-')}", f"is no option of a {self.kind}; leave it out")
+        if request.negative_prompt and "negative_prompt" not in self.options:
+            raise InputError("--negative-prompt", f"is no option of a {self.kind}; leave it out")
+        if request.shift is not None:
+            raise InputError("--shift", "is the pipeline's own; leave it out")
+        return request
+
+    def grid(self, request: Request) -> tuple[int, int, int]:
+        """At least as many tokens as the pipeline makes of it: sizes are its own affair."""
+        frames, height, width = (getattr(request, name) or 256 for name in ("frames", "height", "width"))
+        return frames, height, width
+
+    def arguments(self, request: DiffusersRequest) -> dict[str, Any]:
+        """What the request says, in the pipeline's words."""
+        given = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "frames", "height", "width")}
+        given |= {name: getattr(request, name) for name in ("steps", "guidance_scale", "true_cfg_scale")}
+        return {NAMES.get(name, name): value for name, value in given.items() if value not in (None, "")}
+
+    def run(self, mesh: DeviceMesh, dtype: torch.dtype, strategy: str) -> DiffusersRun:
+        """The pipeline, loaded, its transformers on the mesh."""
+        return DiffusersRun(self, mesh, dtype, strategy)
+
+
+class DiffusersRun:
+    """A pipeline of diffusers on a mesh, with the ways of `meshdiff.Pipeline`.
+
+    Args:
+        model: the folder.
+        mesh: from `init_mesh`; of one with replicas, this rank's takes part.
+        dtype: of weights and activations.
+        strategy: of mesh attention.
+    """
+
+    def __init__(self, model: DiffusersModel, mesh: DeviceMesh, dtype: torch.dtype, strategy: str = AUTO) -> None:
+        self.model = model
+        self.replica = mesh.get_local_rank(DP) if DP in (mesh.mesh_dim_names or ()) else 0
+        self.mesh = replica(mesh)
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer versions say dtype, older know torch_dtype only
+                self.pipeline = DiffusionPipeline.from_pretrained(
+                    model.folder, torch_dtype=dtype, local_files_only=True
+                )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of whichever library reads a part
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise InputError("--checkpoint", f"{model.folder} cannot be read ({reason})") from error
+        self.pipeline.to(mesh.device_type)
+        self.pipeline.set_progress_bar_config(disable=True)
+        try:
+            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy)
+        except ValueError as error:
+            raise InputError("--checkpoint", str(error)) from error
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        on_step: Callable[[int], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Tensor:
+        """A clip `[frames, channels, height, width]` in [-1, 1]; an image is a clip of one frame.
+
+        Raises:
+            InputError: if the pipeline refuses the request, in its words.
+        """
+        assert isinstance(request, DiffusersRequest)
+        arguments = self.model.arguments(request)
+        if on_stage is not None:
+            on_stage("sampling")
+        if on_step is not None and "callback_on_step_end" in self.model.options:
+            arguments["callback_on_step_end"] = _told(on_step)
+        generator = torch.Generator().manual_seed(request.seed)
+        try:
+            output = self.pipeline(**arguments, generator=generator, output_type="pt", return_dict=False)[0]
+        except ValueError as error:  # sizes it has no use for, say; before anything is sent
+            raise InputError(self.model.kind, " ".join(str(error).split())) from error
+        clip = output[0] if output[0].ndim == 4 else output[:1]
+        return clip.float() * 2 - 1
+
+    @staticmethod
+    def done(request: Request, clip: Tensor) -> Request:
+        """The request with the sizes that the pipeline chose."""
+        frames, _, height, width = clip.shape
+        return replace(request, frames=frames, height=height, width=width)
+
+
+def _told(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    def callback(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step)
+        return tensors
+
+    return callback
+
+
+_VERSION = diffusers.__version__
