@@ -155,6 +155,32 @@ def wan() -> dict:
     return {run: from_every_rank(make(root, mesh, *run)) for run in runs}
 
 
+def untouched() -> dict:
+    """Models of diffusers on all ranks: see `untouched_cases.of_diffusers`, the traffic of every rank."""
+    from untouched_cases import of_diffusers  # brings diffusers
+
+    mesh, results = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
+    for name in (
+        "WanTransformer3DModel",
+        "FluxTransformer2DModel",
+        "SD3Transformer2DModel",
+        "ZImageTransformer2DModel",  # lists in and out
+        "HiDreamImageTransformer2DModel",  # experts that are chosen by the data
+        "GlmImageTransformer2DModel",  # writes to slices
+        "MochiTransformer3DModel",
+    ):
+        error, share, calls, traffic, whole = of_diffusers(name, mesh)
+        results[name] = error, share, calls, from_every_rank(traffic), whole
+    return results
+
+
+def pipelines() -> dict:
+    """Pipelines of diffusers on this world's layouts: the error, and the traffic of a call that is not the first."""
+    from pipeline_cases import of_pipelines
+
+    return of_pipelines(dist.get_world_size())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init_distributed()

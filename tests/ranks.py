@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 PROGRAM = Path(__file__).with_name("on_ranks.py")
 
 
@@ -23,7 +24,7 @@ def torchrun(
         text=True,
         timeout=timeout,
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXPERIMENTS)},
     )
 
 

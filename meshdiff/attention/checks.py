@@ -19,7 +19,7 @@ from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
 from meshdiff.placements import SEQUENCE, WHOLE
 from meshdiff.simulation import is_simulated, rank_values
 
-__all__ = ["CHECK", "check_ranks", "describe", "placement", "plain_mask", "read"]
+__all__ = ["CHECK", "check_ranks", "describe", "digest", "placement", "plain_mask", "read"]
 
 CHECK = "MESHDIFF_CHECK"
 """The environment variable that makes every attention compare what its ranks hold."""
@@ -171,7 +171,7 @@ def _facts(mesh: DeviceMesh, tensors: dict[str, Tensor], settings: dict[str, Any
                 shape[1] = chunk_sizes(shape[1], mesh.size())[rank]
                 facts[SHARDS][name] = shape, list(own[name].shape)
             elif placement(tensor) in (None, WHOLE):
-                facts[f"the value of {name}"] = _digest(own[name])
+                facts[f"the value of {name}"] = digest(own[name])
         return facts
 
     if not is_simulated():
@@ -191,7 +191,7 @@ def _gather_objects(mesh: DeviceMesh, own: Any) -> list[Any]:
     return everyone
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
     """A short name for the values, to the bit."""
     values = tensor.detach().cpu().contiguous()
     return hashlib.sha256(ctypes.string_at(values.data_ptr(), values.nbytes)).hexdigest()[:12]

@@ -29,6 +29,8 @@ class Aliases:
     def __init__(self) -> None:
         # A weak reference keeps the address from being given to other memory, not the memory itself.
         self._groups: dict[int, list[StorageWeakRef]] = {}
+        self.writes = 0
+        """How many writes to shards there have been."""
 
     def join(self, tensor: Tensor, copy: Tensor) -> None:
         """Note that on one device these two would share memory."""

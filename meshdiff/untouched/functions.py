@@ -73,6 +73,10 @@ class OnShards(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__self__", None) is Tensor.data:
+            if func.__name__ != "__get__":
+                raise Unsafe("data is given to a tensor, which no operation shows")
+            func = Tensor.detach  # alike, but writes to it are counted: a call that starts again has to know of them
         if not _has_dtensor(args) and not (kwargs and _has_dtensor(kwargs.values())):
             if func is F.scaled_dot_product_attention:
                 query, key = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))[:2]
@@ -93,14 +97,18 @@ class OnShards(TorchFunctionMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """By DTensor's rules if they are known to be right, else on whole tensors."""
+        writes = self.aliases.writes
         try:
             return self.natively(func, args, kwargs)
         except NotOnShards as reason:
-            return self.gathered(func, args, kwargs, f"{reason} is not known to be right on shards")
+            why = f"{reason} is not known to be right on shards"
         except (RuntimeError, NotImplementedError) as error:
             if not _is_of_propagation(error):
                 raise
-            return self.gathered(func, args, kwargs, "DTensor has no way to run it on these shards")
+            why = "DTensor has no way to run it on these shards"
+        if self.aliases.writes != writes:
+            raise Unsafe(f"{_name(func)} has written to shards before it came to what cannot run on them")
+        return self.gathered(func, args, kwargs, why)
 
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(Tensor, lambda tensor: as_whole(tensor, self.mesh), (args, kwargs))
@@ -108,7 +116,7 @@ class OnShards(TorchFunctionMode):
 
     def gathered(self, func: Any, args: Any, kwargs: Any, why: str) -> Any:
         """On whole tensors, on every rank alike; what is written to them is written to the shards as well."""
-        name = getattr(func, "__name__", str(func))
+        name = _name(func)
         sharded = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, DTensor)}
         if any(map(is_sharded, sharded.values())):
             self.on_gather(name, why)
@@ -118,6 +126,9 @@ class OnShards(TorchFunctionMode):
         result = func(*args, **kwargs)
         for key, copy in copies.items():
             if copy._version != versions[key] and is_sharded(sharded[key]):
+                own = memory(sharded[key])._cdata
+                if any(key != other and memory(tensor)._cdata == own for other, tensor in sharded.items()):
+                    raise Unsafe(f"{name} writes to a tensor of which it is given a view as well")
                 self._write_back(name, sharded[key], copy)
         for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor) and not isinstance(t, DTensor)):
             for key, copy in copies.items():
@@ -126,7 +137,7 @@ class OnShards(TorchFunctionMode):
         return result
 
     def _write_back(self, name: str, tensor: DTensor, copy: Tensor) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (tensor.requires_grad or copy.requires_grad):
             raise Unsafe(f"{name} writes to shards, of which autograd would not know")
         tensor.copy_(as_whole(copy, self.mesh).redistribute(placements=tensor.placements))
 
@@ -145,6 +156,10 @@ class OnShards(TorchFunctionMode):
 
 
 UNKNOWABLE = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.set_, Tensor.__array__, Tensor.numpy}
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _has_dtensor(values: Any) -> bool:
@@ -188,20 +203,29 @@ def _cut(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple
 @handles(torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
 def _split(on: OnShards, tensor: DTensor, split_size_or_sections: Any, dim: int = 0) -> Any:
     dim %= tensor.ndim
-    if sharded_dim(tensor) != dim:
-        return NotImplemented
     length, sizes = tensor.shape[dim], split_size_or_sections
     if isinstance(sizes, int):
-        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
-    return _cut(on, tensor, sizes, dim) if sum(sizes) == length else NotImplemented
+        sizes = [min(sizes, length - start) for start in range(0, length, sizes)] if sizes > 0 else []
+    if sum(sizes) != length or not length:
+        return NotImplemented
+    if sharded_dim(tensor) != dim:
+        return _slices(on, tensor, sizes, dim)
+    return _cut(on, tensor, sizes, dim)
+
+
+def _slices(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> Any:
+    """Consecutive parts of another dim; torch gives plain zeros as the gradient of those of a split that have none."""
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(
+        on.run(torch.narrow, (tensor, dim, start, size), {}) for start, size in zip(starts, sizes, strict=True)
+    )
 
 
 @handles(torch.chunk, Tensor.chunk)
 def _chunk(on: OnShards, tensor: DTensor, chunks: int, dim: int = 0) -> Any:
-    dim %= tensor.ndim
-    if sharded_dim(tensor) != dim:
-        return NotImplemented
-    return _cut(on, tensor, [size for size in chunk_sizes(tensor.shape[dim], chunks) if size], dim)
+    return _split(on, tensor, [size for size in chunk_sizes(tensor.shape[dim], chunks) if size], dim)
 
 
 @handles(torch.narrow, Tensor.narrow)
@@ -337,6 +361,8 @@ def _linear(on: OnShards, input: Tensor, weight: Tensor, bias: Tensor | None = N
 def _unbind(on: OnShards, tensor: DTensor, dim: int = 0) -> Any:
     dim %= tensor.ndim
     if sharded_dim(tensor) != dim:
+        if torch.is_grad_enabled() and tensor.requires_grad:  # see `_slices`
+            return tuple(on.run(torch.select, (tensor, dim, i), {}) for i in range(tensor.shape[dim]))
         return NotImplemented
     whole = as_whole(to_plain(tensor), on.mesh)
     on.on_gather("unbind", "each row of a sharded dim is to be a tensor")

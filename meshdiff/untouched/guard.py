@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshdiff.untouched.aliases import Aliases, memory
+from meshdiff.untouched.recorder import calling_line
 
 __all__ = ["Guard", "NotOnShards", "Unsafe"]
 
@@ -27,7 +28,7 @@ class NotOnShards(Exception):
     """This operation is not known to be right on shards; nothing has been done yet."""
 
 
-class Unsafe(Exception):
+class Unsafe(RuntimeError):
     """This program, on shards, would do something else than on one device; run it on whole tensors."""
 
 
@@ -44,7 +45,7 @@ ANY = {
     "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
 }  # fmt: skip
 
-ALONG_OTHER_DIMS = {"mean", "amax", "amin", "var", "std", "linalg_vector_norm", "prod", "all", "any", "topk", "sort",
+ALONG_OTHER_DIMS = {"mean", "amax", "amin", "var", "std", "linalg_vector_norm", "all", "any", "topk", "sort",
                     "argmax", "argmin", "cumsum", "max", "min"}  # fmt: skip
 """Right as long as they do not go along the sharded dim."""
 
@@ -106,6 +107,8 @@ class Guard(TorchDispatchMode):
                 raise NotOnShards(func.name())
             return func(*args, **kwargs)
         kind = kind_of(func)
+        if sharded and torch.Tag.inplace_view in func.tags:
+            raise Unsafe(f"{kind.name} changes a tensor's shape in place, and shards keep theirs")
         if sharded and not _is_known(kind, args, kwargs):
             raise NotOnShards(kind.name)
         for place in kind.written:
@@ -114,7 +117,10 @@ class Guard(TorchDispatchMode):
                 if sharded and not isinstance(tensor, DTensor):
                     raise NotOnShards(kind.name)
                 if self.aliases.copies(tensor):
-                    raise Unsafe(f"{kind.name} writes to memory that a view of it, or what it is a view of, shares")
+                    raise Unsafe(f"{kind.name} at {calling_line()} writes to memory that a view of it, or what it is a view of, shares")
+                if not isinstance(written, Tensor):  # torch counts no write to a list of tensors beneath a mode
+                    torch.autograd.graph.increment_version(tensor)
+                self.aliases.writes += sharded
         result = func(*args, **kwargs)
         if sharded and kind.view:
             self._note_copies(args[0], result)

@@ -25,6 +25,7 @@ from meshdiff.placements import BRANCHES
 from meshdiff.simulation import is_simulated, on_each_rank
 from meshdiff.untouched.later import Later
 from meshdiff.untouched.parallel import difference, replace_forward, tolerance
+from meshdiff.untouched.retreat import check_alike
 
 __all__ = ["Guidance"]
 
@@ -60,6 +61,7 @@ class Guidance:
         self._pending: list[Call] = []
         self._metas: dict[Any, list[list[Meta]]] = {}
         self._splits: dict[Any, bool] = {}
+        self._seen: set[Any] = set()
         if mesh.size() > 1:
             replace_forward(module, self._call)
 
@@ -72,6 +74,10 @@ class Guidance:
         if not self._may_wait(args, kwargs):
             self._run()
             return self._forward(*args, **kwargs)
+        signature = Call(args, kwargs).signature
+        if signature not in self._seen:
+            check_alike(self.mesh, self.module, (args, kwargs))
+            self._seen.add(signature)
         call = Call(*tree_map_only(Tensor, torch.clone, (args, kwargs)))  # the caller may write to its own
         if _batch(call) > 1:
             self._run()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
@@ -21,10 +22,10 @@ from meshdiff.attention.choice import AUTO
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import find_blocks, shard_tokens
 from meshdiff.untouched.functions import OnShards
-from meshdiff.untouched.guard import Guard
+from meshdiff.untouched.guard import Guard, Unsafe
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.report import Report
-from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
+from meshdiff.untouched.retreat import Before, agree_to_retreat, check_alike, explain
 from meshdiff.untouched.tensors import map_dtensors, to_plain
 
 __all__ = ["Parallelized", "difference", "parallelize", "replace_forward", "tolerance"]
@@ -69,7 +70,7 @@ def parallelize(
         the module off the mesh again.
 
     Raises:
-        ValueError: for a mesh with more than one dim, or blocks that do not exist.
+        ValueError: for a mesh with more than one dim, a compiled module, or blocks that do not exist.
     """
     return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify)
 
@@ -84,6 +85,8 @@ class Parallelized:
             raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
         if "forward" in vars(module):
             raise ValueError(f"{type(module).__name__} has a forward of its own already; is it on a mesh twice?")
+        if any(part._compiled_call_impl is not None or isinstance(part, OptimizedModule) for part in module.modules()):
+            raise ValueError(f"{type(module).__name__} is compiled, which hides what it does; parallelize it as it was")
         if blocks is not None:
             missing = sorted(set(blocks) - {name for name, _ in module.named_modules()})
             if missing:
@@ -135,24 +138,33 @@ class Parallelized:
         if self._running is not None:  # a module that calls itself
             return self._forward(*args, **kwargs)
         signature = _signature(self.module, args, kwargs)
-        new = signature not in self._settled
-        before = Before(self.module, args, kwargs) if new else None
+        if signature in self._settled:
+            try:
+                return self._call_once(False, args, kwargs)
+            except Unsafe:
+                self._settled.discard(signature)  # which finds out anew what can be shared out
+                raise
+        check_alike(self.mesh, self.module, (args, kwargs))
+        output = self._find_out(args, kwargs)
+        self._settled.add(signature)
+        if self.verify:
+            self._compare(output, args, kwargs)
+        return output
+
+    def _find_out(self, args: Any, kwargs: Any) -> Any:
+        """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again."""
+        before, known = Before(self.module, args, kwargs), dict(self.whole)
         for attempt in itertools.count():
             try:
-                output = self._call_once(new, args, kwargs)
-                break
+                return self._call_once(True, args, kwargs)
             except Exception as error:
                 kind = self._to_retreat(error)
-                if before is None or kind is None or is_of_collective(error):
+                if kind is None:
+                    self.whole = known  # it is not the mesh that is wrong
                     raise
                 before.check(error)
                 agree_to_retreat(self.mesh, f"{self._name}/{len(self._settled)}/{attempt}", kind)
                 self.whole[kind] = explain(error)
-        if new:
-            self._settled.add(signature)
-            if self.verify:
-                self._compare(output, args, kwargs)
-        return output
 
     def _call_once(self, new: bool, args: Any, kwargs: Any) -> Any:
         if "" in self.whole:
@@ -232,8 +244,8 @@ class Parallelized:
         return args, kwargs
 
     def _to_retreat(self, error: Exception) -> str | None:
-        """The kind of block to run on whole tensors from now on; None if that has been tried."""
-        if isinstance(error, torch.OutOfMemoryError) or "" in self.whole:
+        """The kind of block to run on whole tensors from now on; None if that would not help."""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_of_collective(error) or "" in self.whole:
             return None
         name = getattr(error, "_meshdiff_block", None)
         kind = "" if name is None else type(self.blocks[name]).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -75,13 +76,13 @@ class Report:
         ]
 
     def __str__(self) -> str:
-        title = f"{self.model} on {self.ranks} ranks: {self.sharded_share:.0%} of its operations are shared out"
+        title = f"{self.model} on {self.ranks} ranks: {_percent(self.sharded_share)} of its operations are shared out"
         parts = [title, ""]
         for kind, reason in self.whole.items():
             parts += [f"{kind or 'All of it'} runs whole on every rank: {reason}", ""]
         if self.blocks:
             parts += _columns(
-                ["block", "", "shared out", "attention", "sent by a rank", "in"],
+                ["block", "", "shared out", "self-attention", "each rank sends", "in (of one block)"],
                 [_line(blocks) for blocks in _alike(self.blocks)],
             )
             parts += ["", "Sent, by line of code"]
@@ -150,11 +151,15 @@ def _line(blocks: list[BlockRecord]) -> list[str]:
     attention = f"{first.attention_sharded} of {total} on shards" if total else ""
     sent = sum(sent.bytes for sent in first.sent.values())
     collectives = ", ".join(f"{count} {kind}" for kind, count in _collectives(first).items())
-    return [name, first.kind, f"{_bar(share)} {share:4.0%}", attention, _bytes(sent), collectives]
+    return [name, first.kind, f"{_bar(share)} {_percent(share):>4}", attention, _bytes(sent), collectives]
+
+
+def _percent(share: float) -> str:
+    return f"{math.floor(share * 100)}%"  # 100% is to be all of it
 
 
 def _bar(share: float) -> str:
-    full = round(share * WIDTH)
+    full = math.floor(share * WIDTH)
     return "█" * full + "·" * (WIDTH - full)
 
 

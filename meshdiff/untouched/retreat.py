@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from meshdiff.agreement import store
-from meshdiff.simulation import is_simulated
+from meshdiff.agreement import from_every_rank, store
+from meshdiff.attention.checks import digest
+from meshdiff.simulation import is_simulated, rank_values
 
-__all__ = ["Before", "agree_to_retreat", "explain"]
+__all__ = ["Before", "agree_to_retreat", "check_alike", "explain"]
 
 
 class Before:
@@ -56,6 +57,34 @@ class Before:
 
 def _size(value: Any) -> int:
     return len(value) if isinstance(value, (list, dict, set)) else 0
+
+
+def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any) -> None:
+    """Raise on every rank if they were given different tensors, or hold different weights; a collective.
+
+    All values of the arguments are compared, and a few of each weight.
+
+    Raises:
+        ValueError: that names the rank, and what to do.
+    """
+    given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    weights = [weight.detach().flatten()[:8] for weight in module.parameters() if not weight.is_meta]
+    facts = [_facts(given), _facts(weights)]
+    ranks = from_every_rank(facts, mesh)
+    if is_simulated():
+        ranks = [[_facts(given, rank), _facts(weights, rank)] for rank in range(mesh.size())]
+    for rank, found in enumerate(ranks):
+        for what, own, first in zip(("inputs", "weights"), found, ranks[0], strict=True):
+            if own != first:
+                raise ValueError(
+                    f"{type(module).__name__} has other {what} on rank {rank} of this mesh than on rank 0; give every "
+                    "rank the same, random numbers from the same seed: torch.manual_seed(0), or a generator of its own"
+                )
+
+
+def _facts(tensors: list[Tensor], rank: int = 0) -> list[tuple[Any, ...]]:
+    values = [held[min(rank, len(held) - 1)] for held in map(rank_values, tensors)]
+    return [(tuple(value.shape), value.dtype, digest(value)) for value in values]
 
 
 def agree_to_retreat(mesh: DeviceMesh, name: str, kind: str) -> None:

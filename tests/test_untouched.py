@@ -1,0 +1,212 @@
+"""Models that others wrote, on a mesh: the same numbers, mostly on shards, or one clear error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import attention_bytes
+from ranks import run_on_ranks
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from untouched_cases import CHANNELS, Model, inputs, of_diffusers, values
+
+import meshdiff.untouched.functions
+from meshdiff import CommsCounter, Layout, init_mesh, parallelize, place, simulate
+from meshdiff.attention.problem import chunk_sizes
+from meshdiff.simulation import unwrap
+from meshdiff.untouched.parallel import difference
+from meshdiff.untouched.rows import Piece, rearrange
+
+BOUND = 1e-5
+
+SHARED_OUT = {
+    "WanTransformer3DModel": 2,
+    "LTXVideoTransformer3DModel": 2,
+    "FluxTransformer2DModel": 6,
+    "QwenImageTransformer2DModel": 7,
+}
+"""Models and how many all-to-alls a block of theirs has at most: attention, and what is cut and joined."""
+
+
+WRITES_TO_COPIES = ["view of a copy", "one row"]
+
+
+def on_mesh(ranks: int):
+    return init_mesh(Layout(cp=ranks), "cpu")["cp"]
+
+
+@pytest.mark.parametrize("name", SHARED_OUT)
+def test_a_model_of_diffusers_is_itself_and_gathers_nothing_in_a_block(name):
+    with simulate(3):
+        error, share, calls, _, whole = of_diffusers(name, on_mesh(3))
+    assert error <= BOUND
+    assert share > 0.7
+    assert not whole
+    for block, collectives in calls.items():
+        if block != "outside of blocks":
+            assert set(collectives) == {"all_to_all"}, block
+            assert collectives["all_to_all"] <= SHARED_OUT[name]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_on_real_ranks_as_well(ranks, tmp_path):
+    results = run_on_ranks("untouched", ranks, tmp_path)
+    assert {name: found[0] <= BOUND for name, found in results.items()} == dict.fromkeys(results, True)
+    assert {name for name, found in results.items() if found[4]} == set()  # nothing retreated
+    # Wan's contract: two exchanges for each of two self-attentions of 175 tokens with 5 heads of 12, and the output.
+    for rank, traffic in enumerate(results["WanTransformer3DModel"][3]):
+        assert traffic["cp"]["all_to_all"]["count"] == 4
+        assert traffic["cp"]["all_to_all"]["bytes"] == 2 * attention_bytes(1, 175, 5, 12, ranks, rank)
+        assert traffic["cp"]["all_gather"]["count"] == 1
+
+
+@pytest.mark.parametrize("variant", ["none", "rows", "elsewhere", "scatter", "data", *WRITES_TO_COPIES])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_writes_and_looks_are_those_of_one_device(variant, ranks):
+    model, given = Model(variant).requires_grad_(False), inputs()
+    expected = model(**inputs())
+    with simulate(ranks):
+        parallel = parallelize(model, on_mesh(ranks))
+        for _ in range(2):
+            (found,) = values(parallel(**given))
+            assert difference(found, expected) <= BOUND
+    assert all(torch.equal(given[name], tensor) for name, tensor in inputs().items())
+    assert bool(parallel.whole) == (variant in WRITES_TO_COPIES)
+    if parallel.whole:
+        assert "writes to memory that a view of it" in parallel.whole["Block"]
+
+
+def test_without_the_watch_over_memory_a_write_would_be_lost(monkeypatch):
+    monkeypatch.setattr(meshdiff.untouched.aliases.Aliases, "copies", lambda self, tensor: False)
+    model, given = Model("view of a copy").requires_grad_(False), inputs()
+    expected = model(**given)
+    with simulate(2):
+        (found,) = values(parallelize(model, on_mesh(2))(**given))
+    assert difference(found, expected) > 1e-3
+
+
+def test_gradients_arrive_whole_and_plain():
+    one, other, given = Model("rows"), Model("rows"), inputs()
+    one(**given).square().sum().backward()
+    with simulate(3):
+        parallelize(other, on_mesh(3))(**given).square().sum().backward()
+        for (name, expected), found in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert not isinstance(found.grad, DTensor)
+            assert difference(unwrap(found.grad), expected.grad) <= 1e-4, name
+
+
+def test_a_mistake_of_the_caller_is_reported_as_ever_and_forgotten():
+    model, given = Model().requires_grad_(False), inputs()
+    expected = model(**given)
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        with pytest.raises(RuntimeError, match=r"Sizes of tensors must match|size"):
+            parallel(given["hidden_states"], given["text"][..., 1:])
+        assert not parallel.whole
+        (found,) = values(parallel(**given))
+    assert difference(found, expected) <= BOUND
+    assert parallel.report().sharded_share > 0.9
+
+
+def test_a_call_that_cannot_start_again_says_so_and_the_next_one_is_right():
+    model, given = Model("state").requires_grad_(False), inputs()
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        with pytest.raises(RuntimeError, match=r"has changed its inputs or its own state .* start it again") as error:
+            parallel(**given)
+        assert "\n" not in str(error.value)
+
+
+def test_ranks_with_other_inputs_or_weights_are_told():
+    model, given = Model().requires_grad_(False), inputs()
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        # A simulation draws for one rank after the other, so each has its own.
+        apart = torch.randn(2, 7, CHANNELS, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(
+            ValueError, match="Model has other inputs on rank 1 of this mesh than on rank 0; give every"
+        ):
+            parallel(apart, given["text"])
+        model.attention_blocks[0].out.weight = torch.nn.Parameter(apart[0, 0, None] * torch.ones(CHANNELS, 1), False)
+        with pytest.raises(ValueError, match="other weights on rank 1"):
+            parallel(**given)
+
+
+def test_verify_finds_a_rank_that_does_something_else(monkeypatch):
+    real = meshdiff.untouched.functions.rearrange
+
+    def broken(*arguments):
+        return [part * 1.01 for part in real(*arguments)]
+
+    model, given = Model().requires_grad_(False), inputs()
+    with simulate(2):
+        parallelize(model, on_mesh(2), verify=True)(**given)
+    parallel_again = Model().requires_grad_(False)
+    monkeypatch.setattr(meshdiff.untouched.functions, "rearrange", broken)
+    with simulate(2), pytest.raises(RuntimeError, match=r"verify: Model on this mesh differs .* by \d"):
+        parallelize(parallel_again, on_mesh(2), verify=True)(**given)
+
+
+def test_what_cannot_be_put_on_a_mesh_is_refused_in_a_line():
+    model = Model()
+    with simulate(4):
+        mesh = init_mesh(Layout(cfg=2, cp=2), "cpu")
+        with pytest.raises(ValueError, match='takes a 1-D mesh, mesh\\["cp"\\] say; given'):
+            parallelize(model, mesh)
+        with pytest.raises(ValueError, match=r"blocks=\['nowhere'\] are no submodules of Model"):
+            parallelize(model, mesh["cp"], blocks=["nowhere"])
+        parallel = parallelize(model, mesh["cp"])
+        with pytest.raises(RuntimeError, match="nothing to report before the first call"):
+            parallel.report()
+        with pytest.raises(ValueError, match="is it on a mesh twice"):
+            parallelize(model, mesh["cp"])
+        parallel.remove()
+        assert "forward" not in vars(model)
+        compiled = Model()
+        compiled.attention_blocks[0].compile()
+        with pytest.raises(ValueError, match="is compiled"):
+            parallelize(compiled, mesh["cp"])
+
+
+def test_the_report_says_where_and_why():
+    model, given = Model("scatter").requires_grad_(False), inputs()
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        parallel(**given)
+    text = str(parallel.report())
+    assert text.startswith("Model on 2 ranks: ")
+    assert "attention_blocks.0 to 1" in text
+    assert "1 of 1 on shards" in text
+    assert "together = torch.cat([text, hidden_states], dim=1)" in text
+    assert "index_add_ (untouched_cases.py:" in text
+
+
+def _moved(lengths: tuple[int, ...], total: int, ranks: int, rank: int) -> int:
+    """Rows that a rank sends when whole sources of these lengths become one."""
+    owners, first = [], 0
+    for length in lengths:
+        sizes = chunk_sizes(length, ranks)
+        owners += [r for r in range(ranks) for _ in range(sizes[r])]
+        first += length
+    wanted = [r for r in range(ranks) for _ in range(chunk_sizes(total, ranks)[r])]
+    return sum(own == rank and other != rank for own, other in zip(owners, wanted, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("lengths", [(4, 9), (1, 1, 7), (11, 2)])
+def test_joining_and_cutting_sends_only_what_changes_hands(lengths, ranks):
+    generator = torch.Generator().manual_seed(0)
+    sources = [torch.randn(2, length, 3, generator=generator) for length in lengths]
+    whole = torch.cat(sources, dim=1)
+    with simulate(ranks):
+        mesh = on_mesh(ranks)
+        shards = [place(source, mesh, [Shard(1)]) for source in sources]
+        with CommsCounter(mesh) as comms:
+            (joined,) = rearrange(shards, [[Piece(i, 0, n) for i, n in enumerate(lengths)]], 1)
+        most = max(_moved(lengths, whole.shape[1], ranks, rank) for rank in range(ranks))
+        sent = comms.as_dict().get("cp", {})
+        assert sent == ({"all_to_all": {"count": 1, "bytes": most * 2 * 3 * 4}} if most else {})
+        assert torch.equal(unwrap(joined.full_tensor()), whole)
+        text = place(whole[:, :2], mesh, [Replicate()])
+        mixed, rest = rearrange([joined, text], [[Piece(1, 0, 2), Piece(None, 0, 1)], [Piece(0, 2, 5)]], 1)
+        assert torch.equal(unwrap(mixed.full_tensor()), torch.cat([whole[:, :2], torch.zeros(2, 1, 3)], dim=1))
+        assert torch.equal(unwrap(rest.full_tensor()), whole[:, 2:5])
