@@ -12,6 +12,7 @@ import textwrap
 
 from run import Config
 
+from meshdiff.integrations.pipelines import DiffusersRequest
 from meshdiff.models import RandomShape, WanRequest
 from meshdiff.request import Request
 
@@ -20,6 +21,7 @@ TITLES = {
     RandomShape: "The model, with --model random",
     Request: "The clip",
     WanRequest: "The clip, with --model wan",
+    DiffusersRequest: "The clip, or image, with --model diffusers",
 }
 
 

@@ -117,11 +117,13 @@ class Guard(TorchDispatchMode):
                 if sharded and not isinstance(tensor, DTensor):
                     raise NotOnShards(kind.name)
                 if self.aliases.copies(tensor):
-                    raise Unsafe(f"{kind.name} at {calling_line()} writes to memory that a view of it, or what it is a view of, shares")
+                    where = f"{kind.name} ({calling_line()})"
+                    raise Unsafe(f"{where} writes to memory that a view of it, or what it is a view of, shares")
                 if not isinstance(written, Tensor):  # torch counts no write to a list of tensors beneath a mode
                     torch.autograd.graph.increment_version(tensor)
-                self.aliases.writes += sharded
         result = func(*args, **kwargs)
+        if sharded and kind.written:
+            self.aliases.writes += 1
         if sharded and kind.view:
             self._note_copies(args[0], result)
         if self.on_operation is not None:
