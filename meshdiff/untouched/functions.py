@@ -367,7 +367,7 @@ def _unbind(on: OnShards, tensor: DTensor, dim: int = 0) -> Any:
     whole = as_whole(to_plain(tensor), on.mesh)
     on.on_gather("unbind", "each row of a sharded dim is to be a tensor")
     on.viewed(tensor, whole)
-    return whole.unbind(dim)
+    return tuple(whole.select(dim, i) for i in range(tensor.shape[dim]))  # see `_slices`
 
 
 @handles(torch.view_as_complex, torch.view_as_real)
