@@ -7,6 +7,7 @@ is watched, not names: views of a shard are in the shard's memory and right.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,7 +19,8 @@ __all__ = ["Aliases", "memory"]
 
 def memory(tensor: Tensor) -> UntypedStorage:
     """The memory of a plain tensor, or of this rank's part of a DTensor; in a simulation the first rank's."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    with torch.no_grad():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     local = getattr(local, "elem", local)  # what a collective that is under way will leave
     return rank_values(local)[0].untyped_storage()
 

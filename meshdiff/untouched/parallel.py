@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
@@ -85,7 +84,8 @@ class Parallelized:
             raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
         if "forward" in vars(module):
             raise ValueError(f"{type(module).__name__} has a forward of its own already; is it on a mesh twice?")
-        if any(part._compiled_call_impl is not None or isinstance(part, OptimizedModule) for part in module.modules()):
+        # By name: importing the class takes as long as the rest of torch.
+        if any(part._compiled_call_impl or type(part).__name__ == "OptimizedModule" for part in module.modules()):
             raise ValueError(f"{type(module).__name__} is compiled, which hides what it does; parallelize it as it was")
         if blocks is not None:
             missing = sorted(set(blocks) - {name for name, _ in module.named_modules()})
