@@ -24,12 +24,21 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from meshdiff.attention import mesh_attention
 from meshdiff.attention.local import from_shard, to_shard
 from meshdiff.attention.problem import chunk_sizes
+from meshdiff.placements import WHOLE
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import Aliases, memory
 from meshdiff.untouched.guard import NotOnShards, Unsafe
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.rows import Piece, rearrange
-from meshdiff.untouched.tensors import as_whole, is_sharded, map_dtensors, settled, sharded_dim, to_plain
+from meshdiff.untouched.tensors import (
+    as_whole,
+    is_plainly_placed,
+    is_sharded,
+    map_dtensors,
+    settled,
+    sharded_dim,
+    to_plain,
+)
 
 __all__ = ["OnShards"]
 
@@ -85,7 +94,7 @@ class OnShards(TorchFunctionMode):
         if func in UNKNOWABLE:
             raise Unsafe(f"{func.__name__} looks at the memory of a tensor, of which a rank holds a part")
         handler = HANDLERS.get(func)
-        if handler is not None and fits(handler, args, kwargs):
+        if handler is not None and fits(handler, args, kwargs) and _are_plainly_placed((args, kwargs)):
             self.exchanging += 1
             try:
                 result = handler(self, *args, **kwargs)
@@ -171,6 +180,10 @@ def _has_dtensor(values: Any) -> bool:
     return False
 
 
+def _are_plainly_placed(values: Any) -> bool:
+    return all(is_plainly_placed(leaf) for leaf in tree_leaves(values) if isinstance(leaf, DTensor))
+
+
 def _is_of_propagation(error: Exception) -> bool:
     """Whether DTensor refused, which it does before anything runs, and on all ranks alike."""
     text = str(error)
@@ -195,7 +208,7 @@ def _cat(on: OnShards, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -
 def _cut(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple[DTensor, ...]:
     """Consecutive parts of the sharded dim."""
     bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    parts = rearrange([tensor], [[Piece(0, a, b)] for a, b in itertools.pairwise(bounds)], dim)
+    parts = rearrange([tensor], [[Piece(0, a, b)] for a, b in itertools.pairwise(bounds)], dim, True)
     on.viewed(tensor, *parts)
     return tuple(parts)
 
@@ -237,7 +250,7 @@ def _narrow(on: OnShards, tensor: DTensor, dim: int, start: Any, length: int) ->
 
 
 def _rows(on: OnShards, tensor: DTensor, start: int, length: int, dim: int) -> DTensor:
-    (part,) = rearrange([tensor], [[Piece(0, start, start + length)]], dim)
+    (part,) = rearrange([tensor], [[Piece(0, start, start + length)]], dim, True)
     on.viewed(tensor, part)
     return part
 
@@ -278,7 +291,10 @@ def _getitem(on: OnShards, tensor: Tensor, index: Any) -> Any:
         return NotImplemented
     assert isinstance(tensor, DTensor)
     if plain.is_number:  # a row that a rank has, for everyone
-        part = as_whole(to_plain(_rows(on, tensor, start, 1, dim)), on.mesh)
+        row = _rows(on, tensor, start, 1, dim)
+        part = DTensor.from_local(
+            to_plain(row), on.mesh, [WHOLE], run_check=False, shape=row.shape, stride=row.stride()
+        )
         on.viewed(tensor, part)
         rest: int | slice = 0
     else:

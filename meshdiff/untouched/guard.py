@@ -35,7 +35,7 @@ class Unsafe(RuntimeError):
 ANY = {
     # Views: what a rank holds of the result is a view of what it holds, or DTensor gathers, which is noticed.
     "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand",
-    "slice", "select", "split", "split_with_sizes", "unbind", "chunk", "alias", "detach", "movedim", "unflatten",
+    "alias", "detach", "movedim", "unflatten",
     # Products: a rank's rows, or sums over a sharded dim, which are added up.
     "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "sum",
     # Along the dims that are not sharded; DTensor gathers where they are.
@@ -46,8 +46,15 @@ ANY = {
 }  # fmt: skip
 
 ALONG_OTHER_DIMS = {"mean", "amax", "amin", "var", "std", "linalg_vector_norm", "all", "any", "topk", "sort",
-                    "argmax", "argmin", "cumsum", "max", "min"}  # fmt: skip
+                    "argmax", "argmin", "cumsum", "max", "min",
+                    "slice", "select", "split", "split_with_sizes", "unbind", "chunk"}  # fmt: skip
 """Right as long as they do not go along the sharded dim."""
+
+PLACES = dict.fromkeys(("topk", "linalg_vector_norm", "split", "split_with_sizes", "chunk"), 2)
+"""Where the dim is among the arguments, if not second."""
+
+DEFAULTS = {"topk": -1, "sort": -1, **dict.fromkeys(("slice", "split", "split_with_sizes", "unbind", "chunk"), 0)}
+"""What the dim is if none is given, if not all of them."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ class Guard(TorchDispatchMode):
                     where = f"{kind.name} ({calling_line()})"
                     raise Unsafe(f"{where} writes to memory that a view of it, or what it is a view of, shares")
                 if not isinstance(written, Tensor):  # torch counts no write to a list of tensors beneath a mode
+                    if torch.is_grad_enabled() and tensor.requires_grad:
+                        raise Unsafe(f"{kind.name} ({calling_line()}) writes to tensors in a way that loses gradients")
                     torch.autograd.graph.increment_version(tensor)
         result = func(*args, **kwargs)
         if sharded and kind.written:
@@ -149,9 +158,9 @@ def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
     partial = any(placement.is_partial() for tensor in tensors for placement in tensor.placements)
     if partial and not kind.view and kind.name not in ("_unsafe_view", "clone", "_to_copy"):
         return False
-    if kind.random:
+    if kind.random or any(tensor.numel() == 0 for tensor in tensors):  # torch's rule for views of nothing never ends
         return False
-    if kind.pointwise or kind.name in ANY:
+    if kind.pointwise or kind.name in ANY or (kind.name == "slice" and _takes_all(*args)):
         return True
     if kind.name == "repeat":
         return all(tensor.placements[0].is_replicate() or _times(tensor, args[1]) == 1 for tensor in tensors)
@@ -172,8 +181,14 @@ def _times(tensor: DTensor, repeats: Any) -> int:
 
 def _dims(kind: Kind, args: Any, kwargs: Any) -> set[int] | None:
     """The dims that an operation goes along; None for all of them."""
-    place = {"topk": 2, "linalg_vector_norm": 2}.get(kind.name, 1)
-    given = kwargs.get("dim", args[place] if len(args) > place else -1 if kind.name in ("topk", "sort") else None)
+    place = PLACES.get(kind.name, 1)
+    given = kwargs.get("dim", args[place] if len(args) > place else DEFAULTS.get(kind.name))
     if given is None or given == [] or isinstance(given, (bool, Tensor)):
         return None
     return {dim % args[0].ndim for dim in (given if isinstance(given, (list, tuple)) else [given])}
+
+
+def _takes_all(tensor: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
+    """Whether a slice is all there is."""
+    length = tensor.shape[dim]
+    return step == 1 and start in (None, 0, -length) and (end is None or end >= length)

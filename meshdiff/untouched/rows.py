@@ -100,7 +100,9 @@ def nothing_moves(plan: Plan) -> bool:
     return not any(segments(plan, *pair) for pair in itertools.permutations(range(plan.ranks), 2))
 
 
-def rearrange(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int) -> list[DTensor]:
+def rearrange(
+    sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int, views: bool = False
+) -> list[DTensor]:
     """New DTensors, sharded on `dim`, made of pieces of others along that dim; one all-to-all, or none.
 
     Differentiable.
@@ -109,24 +111,27 @@ def rearrange(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], di
         sources: on one 1-D mesh, each sharded on `dim` or replicated, alike in all other dims.
         outputs: what each output is made of, in order.
         dim: not negative.
+        views: whether, on one device, the outputs would be views of the first source, and so have its strides.
     """
-    return list(_Rearrange.apply(dim, tuple(map(tuple, outputs)), *sources))
+    return list(_Rearrange.apply(dim, tuple(map(tuple, outputs)), views, *sources))
 
 
 class _Rearrange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dim: int, outputs: tuple[tuple[Piece, ...], ...], *sources: DTensor) -> tuple[DTensor, ...]:
+    def forward(
+        ctx: Any, dim: int, outputs: tuple[tuple[Piece, ...], ...], views: bool, *sources: DTensor
+    ) -> tuple[DTensor, ...]:
         ctx.dim, ctx.outputs = dim, outputs
         ctx.lengths = [source.shape[dim] for source in sources]
         ctx.set_materialize_grads(False)  # torch would make plain zeros
-        return tuple(_rearranged(sources, outputs, dim))
+        return tuple(_rearranged(sources, outputs, dim, sources[0].stride() if views else None))
 
     @staticmethod
     def backward(ctx: Any, *gradients: DTensor | None) -> tuple[Any, ...]:
         given = [i for i, gradient in enumerate(gradients) if gradient is not None]
         of_sources = [_back(ctx.outputs, given, source, length) for source, length in enumerate(ctx.lengths)]
         sharded = [_on_dim(gradient, ctx.dim) for gradient in gradients if gradient is not None]
-        return None, None, *_rearranged(sharded, of_sources, ctx.dim)
+        return None, None, None, *_rearranged(sharded, of_sources, ctx.dim)
 
 
 def _back(outputs: Sequence[Sequence[Piece]], given: list[int], source: int, length: int) -> list[Piece]:
@@ -152,7 +157,9 @@ def _on_dim(tensor: DTensor, dim: int) -> DTensor:
     return tensor.redistribute(placements=[Shard(dim)])
 
 
-def _rearranged(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int) -> list[DTensor]:
+def _rearranged(
+    sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int, stride: tuple[int, ...] | None = None
+) -> list[DTensor]:
     mesh = sources[0].device_mesh
     plan = Plan(
         tuple(source.shape[dim] for source in sources),
@@ -174,12 +181,14 @@ def _rearranged(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], 
             )
         )
     made = _unpack(plan, rank, dim, received, *shards)
-    return [_from_shard(shard, mesh, dim, sources[0], plan.length(i)) for i, shard in enumerate(made)]
+    return [_from_shard(shard, mesh, dim, sources[0], plan.length(i), stride) for i, shard in enumerate(made)]
 
 
-def _from_shard(shard: Tensor, mesh: DeviceMesh, dim: int, like: Tensor, length: int) -> DTensor:
+def _from_shard(
+    shard: Tensor, mesh: DeviceMesh, dim: int, like: Tensor, length: int, stride: tuple[int, ...] | None
+) -> DTensor:
     shape = (*like.shape[:dim], length, *like.shape[dim + 1 :])
-    stride = torch.empty(shape, device="meta").stride()
+    stride = stride or torch.empty(shape, device="meta").stride()
     return DTensor.from_local(shard, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
 
 

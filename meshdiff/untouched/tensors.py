@@ -12,14 +12,28 @@ from torch.utils._pytree import tree_map_only
 
 from meshdiff.placements import WHOLE
 
-__all__ = ["as_whole", "is_sharded", "map_dtensors", "settled", "sharded_dim", "to_plain", "to_shards"]
+__all__ = [
+    "as_whole",
+    "is_plainly_placed",
+    "is_sharded",
+    "map_dtensors",
+    "settled",
+    "sharded_dim",
+    "to_plain",
+    "to_shards",
+]
 
 T = TypeVar("T")
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor of which each rank holds a part."""
-    return isinstance(tensor, DTensor) and tensor.placements[0].is_shard()
+    return isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
+
+
+def is_plainly_placed(tensor: DTensor) -> bool:
+    """Whether ranks hold all of this or consecutive parts; where dims were merged, they hold other ones."""
+    return isinstance(tensor.placements[0], (Replicate, Shard))
 
 
 def sharded_dim(tensor: Tensor) -> int | None:
@@ -39,8 +53,26 @@ def to_shards(tensor: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
 
 
 def to_plain(tensor: DTensor) -> Tensor:
-    """All of a DTensor on every rank, plain; its gradient is the same on every rank and not added up."""
-    return tensor.redistribute(placements=[Replicate()]).to_local()
+    """All of a DTensor on every rank, plain; its gradient is the same on every rank and not added up.
+
+    It lies in memory as on one device, where that has no gaps: whether a reshape is a view depends on it.
+    """
+    plain = tensor.redistribute(placements=[Replicate()]).to_local()
+    order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride()[dim])
+    if not _is_dense(tensor, order) or _is_dense(plain, order):
+        return plain
+    return plain.permute(order).contiguous().permute([order.index(dim) for dim in range(tensor.ndim)])
+
+
+def _is_dense(tensor: Tensor, order: list[int]) -> bool:
+    """Whether it lies in memory without gaps, dims from the outermost to the innermost."""
+    expected = 1
+    for dim in reversed(order):
+        if tensor.shape[dim] != 1:
+            if tensor.stride()[dim] != expected:
+                return False
+            expected *= tensor.shape[dim]
+    return True
 
 
 def settled(tensor: DTensor) -> DTensor:
