@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from untouched_cases import CHANNELS, Model, inputs, of_diffusers, values
 
 import meshdiff.untouched.functions
+import meshdiff.untouched.parallel
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, place, simulate
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.simulation import unwrap
@@ -114,6 +115,19 @@ def test_a_call_that_cannot_start_again_says_so_and_the_next_one_is_right():
         with pytest.raises(RuntimeError, match=r"has changed its inputs or its own state .* start it again") as error:
             parallel(**given)
         assert "\n" not in str(error.value)
+
+
+def test_ranks_meet_under_a_new_name_each_time_a_call_starts_again(monkeypatch):
+    names: list[str] = []
+    monkeypatch.setattr(meshdiff.untouched.parallel, "agree_to_retreat", lambda mesh, name, kind: names.append(name))
+    model, given = Model("view of a copy").requires_grad_(False), inputs()
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        for _ in range(2):  # each mistake ends after some retreats, all of which are forgotten
+            with pytest.raises(RuntimeError, match="size"):
+                parallel(given["hidden_states"], given["text"][..., 1:])
+        parallel(**given)
+    assert len(names) == len(set(names)) == 5
 
 
 def test_ranks_with_other_inputs_or_weights_are_told():

@@ -95,7 +95,7 @@ class Parallelized:
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.whole: dict[str, str] = {}
         """Kinds of blocks that run on whole tensors, and why; "" is the whole model."""
-        self._name = f"untouched-{next(_names)}"
+        self._name, self._retreats = f"untouched-{next(_names)}", itertools.count()
         self._settled: set[Any] = set()
         self._report: Report | None = None
         self._running: _Run | None = None
@@ -154,7 +154,7 @@ class Parallelized:
     def _find_out(self, args: Any, kwargs: Any) -> Any:
         """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again."""
         before, known = Before(self.module, args, kwargs), dict(self.whole)
-        for attempt in itertools.count():
+        while True:
             try:
                 return self._call_once(True, args, kwargs)
             except Exception as error:
@@ -163,7 +163,8 @@ class Parallelized:
                     self.whole = known  # it is not the mesh that is wrong
                     raise
                 before.check(error)
-                agree_to_retreat(self.mesh, f"{self._name}/{len(self._settled)}/{attempt}", kind)
+                # No name twice: what ranks wrote under an old one would let a rank go on before the others.
+                agree_to_retreat(self.mesh, f"{self._name}/{next(self._retreats)}", kind)
                 self.whole[kind] = explain(error)
 
     def _call_once(self, new: bool, args: Any, kwargs: Any) -> Any:
