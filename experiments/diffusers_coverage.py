@@ -22,14 +22,13 @@ import diffusers
 import torch
 import tyro
 from tiny_diffusers import TINY, Tiny
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from meshdiff.agreement import is_first_rank
 from meshdiff.launch import end_process, start_ranks
 from meshdiff.mesh import Layout, init_distributed, init_mesh, launched_world_size
 from meshdiff.untouched import Report, parallelize
+from meshdiff.untouched.parallel import difference, float_tensors
 
 BOUND = 1e-5
 SECONDS = 60
@@ -73,22 +72,12 @@ class Found:
         return self.is_right and not self.whole and not gathered and self.attention[0] > 0 and not self.attention[1]
 
 
-def tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def difference(output: Any, expected: Any) -> float:
-    """The largest relative error of any tensor."""
-    pairs = list(zip(tensors(output), tensors(expected), strict=True))
-    assert pairs, "the model returns no tensor"
-    return max(float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs)
-
-
 def attempt(model: Tiny, mesh: DeviceMesh) -> Found:
     """One class on the mesh, twice, as the first call finds out what the second one does."""
     module = model.build()
     with torch.no_grad():
         expected = module(**model.arguments())
+        assert float_tensors(expected), "the model returns no tensor"
         parallel = parallelize(module, mesh)
         try:
             error = max(difference(parallel(**model.arguments()), expected) for _ in range(2))

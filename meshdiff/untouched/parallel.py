@@ -27,7 +27,7 @@ from meshdiff.untouched.report import Report
 from meshdiff.untouched.retreat import Before, agree_to_retreat, check_alike, explain
 from meshdiff.untouched.tensors import map_dtensors, to_plain
 
-__all__ = ["Parallelized", "difference", "parallelize", "replace_forward", "tolerance"]
+__all__ = ["Parallelized", "difference", "float_tensors", "parallelize", "replace_forward", "tolerance"]
 
 VERIFIED = {torch.float32: 1e-4, torch.float64: 1e-10}
 HALF = 3e-2
@@ -301,7 +301,7 @@ def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> None:
 
 def difference(output: Any, expected: Any) -> float:
     """The largest relative error, in L2 norm, of any tensor of an output."""
-    pairs = zip(_floats(output), _floats(expected), strict=True)
+    pairs = zip(float_tensors(output), float_tensors(expected), strict=True)
     return max(
         (float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs if b.numel()),
         default=0.0,
@@ -310,10 +310,11 @@ def difference(output: Any, expected: Any) -> float:
 
 def tolerance(output: Any) -> float:
     """How far outputs of one program may be apart."""
-    return max((VERIFIED.get(tensor.dtype, HALF) for tensor in _floats(output)), default=0.0)
+    return max((VERIFIED.get(tensor.dtype, HALF) for tensor in float_tensors(output)), default=0.0)
 
 
-def _floats(output: Any) -> list[Tensor]:
+def float_tensors(output: Any) -> list[Tensor]:
+    """The floating point tensors of an output, in their order."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

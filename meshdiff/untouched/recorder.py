@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import meshdiff
 from meshdiff.comms import CommsCounter
+from meshdiff.untouched.tensors import is_sharded
 
 __all__ = ["BlockRecord", "Line", "Recorder", "Sent"]
 
@@ -87,7 +87,7 @@ class Recorder(CommsCounter):
     def on_operation(self, func: Any, arguments: Any, result: Any) -> None:
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             return
-        sharded = any(map(is_shared_out, tree_leaves(result)))
+        sharded = any(map(is_sharded, tree_leaves(result)))
         name = func._schema.name.removeprefix("aten::")
         (self.current.sharded if sharded else self.current.replicated)[name] += 1
         of_operation = flop_registry.get(func._overloadpacket)
@@ -119,11 +119,6 @@ class Recorder(CommsCounter):
             self.current.flops_sharded += flops
         else:
             self.current.flops_replicated += flops
-
-
-def is_shared_out(value: Any) -> bool:
-    """Whether ranks hold parts of this, or sums that are parts."""
-    return isinstance(value, DTensor) and not value.placements[0].is_replicate()
 
 
 def calling_line() -> Line:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor of which each rank holds a part."""
+    """Whether this is a DTensor of which each rank holds a part, or a sum that is a part."""
     return isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
 
 
