@@ -113,13 +113,13 @@ class CommsCounter(TorchDispatchMode):
         Traffic(count=12, bytes=294912)
     """
 
+    supports_higher_order_operators = True  # such as flex attention, which sends nothing
+
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
         self.traffic: dict[str, dict[str, Traffic]] = defaultdict(lambda: defaultdict(Traffic))
         self._mesh = mesh
         self._last = ""  # collective
-
-    supports_higher_order_operators = True  # such as flex attention, which sends nothing
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

@@ -950,7 +950,8 @@ def check(got: Call, expected: Call) -> None:
         if not isinstance(other, Tensor):
             assert one == other
             continue
-        assert type(one) is Tensor and one.dtype == other.dtype, f"the output has {type(one)}, {one.dtype}"  # noqa: PT018
+        assert type(one) is Tensor, f"the output has {type(one)}, {one.dtype}"
+        assert one.dtype == other.dtype, f"the output has {type(one)}, {one.dtype}"
         assert one.shape == other.shape, f"an output is {tuple(one.shape)} instead of {tuple(other.shape)}"
         assert error(one, other) <= OUTPUT, f"an output is off by {error(one, other):.1e}"
     for name, other in expected.inputs.items():

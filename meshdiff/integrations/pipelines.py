@@ -87,9 +87,8 @@ class DiffusersModel:
             reason = f"{self.folder / INDEX} cannot be read ({' '.join(str(error).split())})"
             raise InputError("--checkpoint", f"{reason}; name a folder in diffusers' layout") from error
         if not isinstance(getattr(diffusers, str(self.kind), None), type):
-            raise InputError(
-                "--checkpoint", f"{self.folder} is a {self.kind}, which diffusers {_VERSION} does not have"
-            )
+            version = diffusers.__version__
+            raise InputError("--checkpoint", f"{self.folder} is a {self.kind}, which diffusers {version} does not have")
         if "prompt" not in self.options:
             raise InputError("--checkpoint", f"{self.folder} is a {self.kind}, which takes no prompt")
 
@@ -207,6 +206,3 @@ def _told(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
         return tensors
 
     return callback
-
-
-_VERSION = diffusers.__version__

@@ -94,16 +94,16 @@ class Guard(TorchDispatchMode):
         on_operation: is told of every operation: its function, arguments and result.
     """
 
+    supports_higher_order_operators = True  # such as flex attention
+
     def __init__(self, aliases: Aliases, on_operation: Callable[[Any, Any, Any], None] | None = None) -> None:
         super().__init__()
         self.aliases = aliases
         self.on_operation = on_operation
 
-    supports_higher_order_operators = True  # such as flex attention
-
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let what a model compiles be compiled; on shards it is stopped at its first operation that is not known."""
+        """Let flex attention compile itself; modules that are compiled, which nothing here sees into, are refused."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

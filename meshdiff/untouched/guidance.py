@@ -150,8 +150,7 @@ class Guidance:
         output = self._split(call)
         if call.signature not in self._splits:
             whole = self._forward(*call.args, **call.kwargs)
-            apart = difference(output, whole) if output is not None else float("inf")
-            self._splits[call.signature] = apart <= tolerance(whole)
+            self._splits[call.signature] = difference(output, whole) <= tolerance(whole)
             if not self._splits[call.signature]:
                 warnings.warn(
                     f"{type(self.module).__name__} does not do the rows of a batch apart from each other; "

@@ -99,6 +99,7 @@ class Parallelized:
         self._settled: set[Any] = set()
         self._report: Report | None = None
         self._running: _Run | None = None
+        self._failed_in: str | None = None  # the block that ended the last call
         self._forward = module.forward
         self._block_forwards: dict[str, Callable[..., Any]] = {}
         if mesh.size() > 1:
@@ -216,7 +217,7 @@ class Parallelized:
                 stack.enter_context(functions)
                 yield run
         finally:
-            self._running = None
+            self._running, self._failed_in = None, run.failed_in
             if collects:
                 gc.enable()
 
@@ -248,7 +249,7 @@ class Parallelized:
         """The kind of block to run on whole tensors from now on; None if that would not help."""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_of_collective(error) or "" in self.whole:
             return None
-        name = getattr(error, "_meshdiff_block", None)
+        name = self._failed_in
         kind = "" if name is None else type(self.blocks[name]).__name__
         return "" if kind in self.whole else kind
 
@@ -267,17 +268,17 @@ class _Run:
     def __init__(self, aliases: Aliases, recorder: Recorder | None) -> None:
         self.aliases, self.recorder = aliases, recorder
         self.functions: OnShards | None = None
+        self.failed_in: str | None = None  # the block that raised, the inner one of several
 
     @contextmanager
     def inside(self, name: str, block: nn.Module) -> Iterator[None]:
-        """While a block runs; an error remembers the block it came from."""
+        """While a block runs."""
         if self.recorder is not None:
             self.recorder.enter(name, type(block).__name__)
         try:
             yield
-        except Exception as error:
-            if not hasattr(error, "_meshdiff_block"):
-                error._meshdiff_block = name  # type: ignore[attr-defined]
+        except Exception:
+            self.failed_in = name if self.failed_in is None else self.failed_in
             raise
         finally:
             if self.recorder is not None:

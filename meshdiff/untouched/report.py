@@ -163,13 +163,13 @@ def _bar(share: float) -> str:
     return "█" * full + "·" * (WIDTH - full)
 
 
-def _bytes(number: int) -> str:
+def _bytes(number: float) -> str:
     if not number:
         return "nothing"
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024  # type: ignore[assignment]
+        number /= 1024
     return f"{number:.1f} GiB"
 
 
