@@ -5,7 +5,8 @@ says where data lies, never what it means, so the model's own code goes on as
 before. What keeps that right and fast:
 
 - `blocks`: where tokens become shards.
-- `functions`: torch functions that a placement would make gather, done by exchanges (`rows`).
+- `functions`: torch functions on shards; some are done here (`handlers`): `cuts` by exchanges of
+  `rows`, and `layers`.
 - `guard`: which operations are known to be right on shards; all others run on whole tensors.
 - `aliases`: a write to what is a view on one device and a copy here is noticed before it happens.
 - `guidance`: the branches of a guided step at once, on the ranks of another mesh dim.

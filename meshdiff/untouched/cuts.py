@@ -1,0 +1,206 @@
+"""Cutting and joining, by functions of torch: `cat`, slices, `split` and the like along the sharded dim, and padding.
+
+DTensor would gather; here an exchange moves only the rows whose owner changes, see `rows`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from meshdiff.attention.problem import chunk_sizes
+from meshdiff.placements import WHOLE
+from meshdiff.untouched.handlers import Handlers, by_shard
+from meshdiff.untouched.rows import Piece, rearrange
+from meshdiff.untouched.tensors import as_whole, sharded_dim, to_plain
+
+if TYPE_CHECKING:
+    from meshdiff.untouched.functions import OnShards
+
+__all__ = ["HANDLERS"]
+
+HANDLERS = Handlers()
+
+
+@HANDLERS.of(torch.cat, torch.concat, torch.concatenate)
+def _cat(on: OnShards, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+    dim %= tensors[0].ndim
+    dims = {sharded_dim(tensor) for tensor in tensors} - {None}
+    if dims != {dim} or kwargs or len({tensor.ndim for tensor in tensors}) > 1:
+        return NotImplemented
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    pieces = [Piece(i, 0, tensor.shape[dim]) for i, tensor in enumerate(tensors)]
+    return rearrange([as_whole(tensor, on.mesh) for tensor in tensors], [pieces], dim)[0]
+
+
+def _cut(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple[DTensor, ...]:
+    """Consecutive parts of the sharded dim."""
+    bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    parts = rearrange([tensor], [[Piece(0, a, b)] for a, b in itertools.pairwise(bounds)], dim, True)
+    on.viewed(tensor, *parts)
+    return tuple(parts)
+
+
+@HANDLERS.of(torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
+def _split(on: OnShards, tensor: DTensor, split_size_or_sections: Any, dim: int = 0) -> Any:
+    dim %= tensor.ndim
+    length, sizes = tensor.shape[dim], split_size_or_sections
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - start) for start in range(0, length, sizes)] if sizes > 0 else []
+    if sum(sizes) != length or not length:
+        return NotImplemented
+    if sharded_dim(tensor) != dim:
+        return _slices(on, tensor, sizes, dim)
+    return _cut(on, tensor, sizes, dim)
+
+
+def _slices(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> Any:
+    """Consecutive parts of another dim; torch gives plain zeros as the gradient of those of a split that have none."""
+    if not (torch.is_grad_enabled() and tensor.requires_grad):
+        return NotImplemented
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(
+        on.run(torch.narrow, (tensor, dim, start, size), {}) for start, size in zip(starts, sizes, strict=True)
+    )
+
+
+@HANDLERS.of(torch.chunk, Tensor.chunk)
+def _chunk(on: OnShards, tensor: DTensor, chunks: int, dim: int = 0) -> Any:
+    return _split(on, tensor, [size for size in chunk_sizes(tensor.shape[dim], chunks) if size], dim)
+
+
+@HANDLERS.of(torch.narrow, Tensor.narrow)
+def _narrow(on: OnShards, tensor: DTensor, dim: int, start: Any, length: int) -> Any:
+    dim %= tensor.ndim
+    if sharded_dim(tensor) != dim or not isinstance(start, int):
+        return NotImplemented
+    return _rows(on, tensor, start % max(1, tensor.shape[dim]), length, dim)
+
+
+def _rows(on: OnShards, tensor: DTensor, start: int, length: int, dim: int) -> DTensor:
+    (part,) = rearrange([tensor], [[Piece(0, start, start + length)]], dim, True)
+    on.viewed(tensor, part)
+    return part
+
+
+@HANDLERS.of(F.pad)
+def _pad(on: OnShards, input: DTensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
+    dim = sharded_dim(input)
+    if dim is None or mode != "constant":
+        return NotImplemented
+    place = 2 * (input.ndim - 1 - dim)
+    before, after = pad[place : place + 2] if place < len(pad) else (0, 0)
+    if before < 0 or after < 0 or ((before or after) and value):
+        return NotImplemented
+    if before or after:
+        pieces = [Piece(None, 0, before), Piece(0, 0, input.shape[dim]), Piece(None, 0, after)]
+        (input,) = rearrange([input], [[piece for piece in pieces if len(piece)]], dim)
+    others = [*pad[:place], *(0,) * len(pad[place : place + 2]), *pad[place + 2 :]]
+    shape = F.pad(torch.empty(input.shape, device="meta"), others).shape
+    return by_shard(on, input, shape, F.pad, others, "constant", value)
+
+
+@HANDLERS.of(Tensor.__getitem__)
+def _getitem(on: OnShards, tensor: Tensor, index: Any) -> Any:
+    plain = _plain_index(tensor, index)
+    if plain is None:
+        return NotImplemented
+    place, entry, dim = plain.place, plain.entry, plain.dim
+    start, stop = entry
+    if (start, stop) == (0, tensor.shape[dim]):
+        return NotImplemented
+    assert isinstance(tensor, DTensor)
+    if plain.is_number:  # a row that a rank has, for everyone
+        row = _rows(on, tensor, start, 1, dim)
+        part = DTensor.from_local(
+            to_plain(row), on.mesh, [WHOLE], run_check=False, shape=row.shape, stride=row.stride()
+        )
+        on.viewed(tensor, part)
+        rest: int | slice = 0
+    else:
+        part, rest = _rows(on, tensor, start, max(0, stop - start), dim), slice(None)
+    return on.run(Tensor.__getitem__, (part, (*plain.index[:place], rest, *plain.index[place + 1 :])), {})
+
+
+@HANDLERS.of(Tensor.__setitem__)
+def _setitem(on: OnShards, tensor: Tensor, index: Any, value: Any) -> Any:
+    plain = _plain_index(tensor, index)
+    if plain is None or plain.is_number or not isinstance(value, Tensor):
+        return NotImplemented
+    (start, stop), dim = plain.entry, plain.dim
+    length = tensor.shape[dim]
+    if (start, stop) == (0, length):
+        return NotImplemented
+    written_to = (*tensor.shape[:dim], stop - start, *tensor.shape[dim + 1 :])
+    if (
+        tuple(value.shape) != written_to
+        or any(entry != slice(None) for entry in plain.others)
+        or value.dtype != tensor.dtype
+    ):
+        return NotImplemented
+    assert isinstance(tensor, DTensor)
+    source = as_whole(value, on.mesh)
+    if sharded_dim(source) not in (None, dim):
+        return NotImplemented
+    pieces = [Piece(0, 0, start), Piece(1, 0, stop - start), Piece(0, stop, length)]
+    (written,) = rearrange([tensor, source], [[piece for piece in pieces if len(piece)]], dim)
+    tensor.copy_(written)
+    return None
+
+
+class _PlainIndex:
+    """An index of slices and numbers, and what it does to the sharded dim."""
+
+    def __init__(self, index: tuple[Any, ...], place: int, dim: int, length: int) -> None:
+        self.index, self.place, self.dim = index, place, dim
+        self.others = [entry for i, entry in enumerate(index) if i != place]
+        given = index[place]
+        self.is_number = not isinstance(given, slice)
+        self.entry = (given % length, given % length + 1) if self.is_number else given.indices(length)[:2]
+
+
+def _plain_index(tensor: Tensor, index: Any) -> _PlainIndex | None:
+    """How an index goes along the sharded dim; None if it does not, or is no simple one."""
+    dim = sharded_dim(tensor)
+    entries = index if isinstance(index, tuple) else (index,)
+    if dim is None or not all(
+        entry is None or isinstance(entry, (slice, EllipsisType)) or type(entry) is int for entry in entries
+    ):
+        return None
+    taken = sum(entry is not None and not isinstance(entry, EllipsisType) for entry in entries)
+    missing = (slice(None),) * (tensor.ndim - taken)
+    if any(isinstance(entry, EllipsisType) for entry in entries):
+        place = next(i for i, entry in enumerate(entries) if isinstance(entry, EllipsisType))
+        entries = (*entries[:place], *missing, *entries[place + 1 :])
+    else:
+        entries = (*entries, *missing)
+    places = [i for i, entry in enumerate(entries) if entry is not None]
+    if len(places) <= dim:
+        return None
+    given = entries[places[dim]]
+    simple = not isinstance(given, slice) or (
+        given.step in (None, 1) and all(bound is None or type(bound) is int for bound in (given.start, given.stop))
+    )
+    return _PlainIndex(entries, places[dim], dim, tensor.shape[dim]) if simple and tensor.shape[dim] else None
+
+
+@HANDLERS.of(torch.unbind, Tensor.unbind)
+def _unbind(on: OnShards, tensor: DTensor, dim: int = 0) -> Any:
+    dim %= tensor.ndim
+    if sharded_dim(tensor) != dim:
+        if torch.is_grad_enabled() and tensor.requires_grad:  # see `_slices`
+            return tuple(on.run(torch.select, (tensor, dim, i), {}) for i in range(tensor.shape[dim]))
+        return NotImplemented
+    whole = as_whole(to_plain(tensor), on.mesh)
+    on.on_gather("unbind", "each row of a sharded dim is to be a tensor")
+    on.viewed(tensor, whole)
+    return tuple(whole.select(dim, i) for i in range(tensor.shape[dim]))  # see `_slices`

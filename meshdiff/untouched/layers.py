@@ -1,0 +1,106 @@
+"""Attention over the mesh, and layers for which a rank needs nothing of others but DTensor has no way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from meshdiff.attention import mesh_attention
+from meshdiff.attention.local import from_shard, to_shard
+from meshdiff.simulation import on_each_rank
+from meshdiff.untouched.handlers import Handlers, by_shard
+from meshdiff.untouched.tensors import as_whole, is_sharded, sharded_dim, to_plain
+
+if TYPE_CHECKING:
+    from meshdiff.untouched.functions import OnShards
+
+__all__ = ["HANDLERS"]
+
+HANDLERS = Handlers()
+
+
+@HANDLERS.of(F.linear)
+def _linear(on: OnShards, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """DTensor flattens the dims before the last, which it cannot do with a shard of one of them unless it is even."""
+    dim = sharded_dim(input)
+    weights = [as_whole(tensor, on.mesh) for tensor in (weight, bias) if tensor is not None]
+    if dim is None or dim == input.ndim - 1 or any(map(is_sharded, weights)):
+        return NotImplemented
+    shape = torch.Size((*input.shape[:-1], weight.shape[0]))
+    if on.recorder is not None:
+        on.recorder.on_linear(shape, weight)
+    return by_shard(on, input, shape, F.linear, *map(to_shard, weights))
+
+
+@HANDLERS.of(torch.view_as_complex, torch.view_as_real)
+def _between_real_and_complex(on: OnShards, tensor: DTensor) -> Any:
+    """DTensor has no rule for these; along the last dim a rank needs nothing of others."""
+    dim = sharded_dim(tensor)
+    func = torch.view_as_real if tensor.is_complex() else torch.view_as_complex
+    if dim is None or (func is torch.view_as_complex and dim == tensor.ndim - 1):
+        return NotImplemented
+    shape = torch.Size([*tensor.shape, 2] if tensor.is_complex() else tensor.shape[:-1])
+    result = by_shard(on, tensor, shape, func)
+    on.viewed(tensor, result)
+    return result
+
+
+def _by_batch(on: OnShards, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+    """Attention within each entry of a sharded batch, or of sharded heads: nothing is sent."""
+    dim = sharded_dim(query)
+    assert dim is not None
+    if not query.shape[dim] == key.shape[dim] == value.shape[dim]:
+        return NotImplemented
+    on.on_attention(query, key, True)
+    local = _attend_each(*map(to_shard, (query, key, value)), **options)
+    shape = (*query.shape[:-1], value.shape[-1])
+    return from_shard(local, on.mesh, Shard(dim), like=torch.empty(shape, device="meta"))
+
+
+@on_each_rank
+def _attend_each(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return (
+        F.scaled_dot_product_attention(query, key, value, **options) if query.numel() else query.new_empty(query.shape)
+    )
+
+
+@HANDLERS.of(F.scaled_dot_product_attention)
+def _attention(
+    on: OnShards,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    dims = [sharded_dim(tensor) for tensor in (query, key, value)]
+    seq = query.ndim - 2
+    alike = query.ndim == key.ndim == value.ndim == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    # Without enable_gqa a single head of key and value is for all heads, as ever in broadcasting.
+    grouped = alike and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
+    mask_gradient = attn_mask is not None and attn_mask.requires_grad
+    if not dropout_p and attn_mask is None and len(set(dims)) == 1 and dims[0] is not None and dims[0] < seq:
+        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return _by_batch(on, query, key, value, **options)
+    if dropout_p or not alike or not grouped or mask_gradient or set(dims) - {seq, None} or not set(dims) - {None}:
+        on.on_attention(query, key, False)
+        return NotImplemented
+    query, key, value = (as_whole(tensor, on.mesh) for tensor in (query, key, value))
+    cross = dims[1] is None and dims[2] is None
+    placed = [Shard(seq)] * 3 if not cross else [Shard(seq), key.placements[0], key.placements[0]]
+    rows = [
+        tensor.redistribute(placements=[placement]).transpose(1, 2)
+        for tensor, placement in zip((query, key, value), placed, strict=True)
+    ]
+    if isinstance(attn_mask, DTensor):
+        attn_mask = to_plain(attn_mask)
+    on.on_attention(query, key, True)
+    attended = mesh_attention(*rows, attn_mask=attn_mask, is_causal=is_causal, scale=scale, strategy=on.strategy)
+    return attended.transpose(1, 2)
