@@ -9,8 +9,8 @@ from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from untouched_cases import CHANNELS, Model, inputs, of_diffusers, values
 
-import meshdiff.untouched.cuts
 import meshdiff.untouched.parallel
+import meshdiff.untouched.pending
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, place, simulate
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.simulation import unwrap
@@ -146,16 +146,18 @@ def test_ranks_with_other_inputs_or_weights_are_told():
 
 
 def test_verify_finds_a_rank_that_does_something_else(monkeypatch):
-    real = meshdiff.untouched.cuts.rearrange
+    real = meshdiff.untouched.pending.move
 
-    def broken(*arguments):
-        return [part * 1.01 for part in real(*arguments)]
+    def broken(sources, outputs, dim, into):
+        real(sources, outputs, dim, into)
+        for output in into:
+            output.to_local().mul_(1.01)
 
     model, given = Model().requires_grad_(False), inputs()
     with simulate(2):
         parallelize(model, on_mesh(2), verify=True)(**given)
     parallel_again = Model().requires_grad_(False)
-    monkeypatch.setattr(meshdiff.untouched.cuts, "rearrange", broken)
+    monkeypatch.setattr(meshdiff.untouched.pending, "move", broken)
     with simulate(2), pytest.raises(RuntimeError, match=r"verify: Model on this mesh differs .* by \d"):
         parallelize(parallel_again, on_mesh(2), verify=True)(**given)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def shard_tokens(mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any) -> 
         args and kwargs, and the pairs of plain tensors and what they became.
     """
     try:
-        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+        bound = _signature(type(block).forward).bind(block, *args, **kwargs)
     except (TypeError, ValueError):
         return args, kwargs, []
     for value in (value for value in bound.arguments.values() if isinstance(value, Tensor)):
@@ -72,6 +73,11 @@ def shard_tokens(mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any) -> 
         shards = to_shards(value, mesh, dim)
         return *_replaced(args, kwargs, value, shards), [(value, shards)]
     return args, kwargs, []
+
+
+@lru_cache(maxsize=1024)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _replaced(args: Any, kwargs: Any, value: Tensor, by: Tensor) -> tuple[Any, Any]:

@@ -19,13 +19,13 @@ from torch.distributed.tensor import DTensor
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.placements import WHOLE
 from meshdiff.untouched.handlers import Handlers, by_shard
-from meshdiff.untouched.rows import Piece, rearrange
+from meshdiff.untouched.rows import Piece
 from meshdiff.untouched.tensors import as_whole, sharded_dim, to_plain
 
 if TYPE_CHECKING:
     from meshdiff.untouched.functions import OnShards
 
-__all__ = ["HANDLERS"]
+__all__ = ["HANDLERS", "LATER"]
 
 HANDLERS = Handlers()
 
@@ -37,15 +37,15 @@ def _cat(on: OnShards, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -
     if dims != {dim} or kwargs or len({tensor.ndim for tensor in tensors}) > 1:
         return NotImplemented
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    tensors = [tensor.to(dtype) for tensor in tensors]
+    sources = [as_whole(tensor if tensor.dtype == dtype else tensor.to(dtype), on.mesh) for tensor in tensors]
     pieces = [Piece(i, 0, tensor.shape[dim]) for i, tensor in enumerate(tensors)]
-    return rearrange([as_whole(tensor, on.mesh) for tensor in tensors], [pieces], dim)[0]
+    return on.rearrange(sources, [pieces], dim)[0]
 
 
 def _cut(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple[DTensor, ...]:
     """Consecutive parts of the sharded dim."""
     bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    parts = rearrange([tensor], [[Piece(0, a, b)] for a, b in itertools.pairwise(bounds)], dim, True)
+    parts = on.rearrange([tensor], [[Piece(0, a, b)] for a, b in itertools.pairwise(bounds)], dim, views=True)
     on.viewed(tensor, *parts)
     return tuple(parts)
 
@@ -87,7 +87,7 @@ def _narrow(on: OnShards, tensor: DTensor, dim: int, start: Any, length: int) ->
 
 
 def _rows(on: OnShards, tensor: DTensor, start: int, length: int, dim: int) -> DTensor:
-    (part,) = rearrange([tensor], [[Piece(0, start, start + length)]], dim, True)
+    (part,) = on.rearrange([tensor], [[Piece(0, start, start + length)]], dim, views=True)
     on.viewed(tensor, part)
     return part
 
@@ -103,7 +103,7 @@ def _pad(on: OnShards, input: DTensor, pad: Sequence[int], mode: str = "constant
         return NotImplemented
     if before or after:
         pieces = [Piece(None, 0, before), Piece(0, 0, input.shape[dim]), Piece(None, 0, after)]
-        (input,) = rearrange([input], [[piece for piece in pieces if len(piece)]], dim)
+        (input,) = on.rearrange([input], [[piece for piece in pieces if len(piece)]], dim)
     others = [*pad[:place], *(0,) * len(pad[place : place + 2]), *pad[place + 2 :]]
     shape = F.pad(torch.empty(input.shape, device="meta"), others).shape
     return by_shard(on, input, shape, F.pad, others, "constant", value)
@@ -121,6 +121,7 @@ def _getitem(on: OnShards, tensor: Tensor, index: Any) -> Any:
     assert isinstance(tensor, DTensor)
     if plain.is_number:  # a row that a rank has, for everyone
         row = _rows(on, tensor, start, 1, dim)
+        on.look_at(row)
         part = DTensor.from_local(
             to_plain(row), on.mesh, [WHOLE], run_check=False, shape=row.shape, stride=row.stride()
         )
@@ -128,6 +129,8 @@ def _getitem(on: OnShards, tensor: Tensor, index: Any) -> Any:
         rest: int | slice = 0
     else:
         part, rest = _rows(on, tensor, start, max(0, stop - start), dim), slice(None)
+        if all(entry == slice(None) for entry in plain.others):
+            return part
     return on.run(Tensor.__getitem__, (part, (*plain.index[:place], rest, *plain.index[place + 1 :])), {})
 
 
@@ -152,7 +155,7 @@ def _setitem(on: OnShards, tensor: Tensor, index: Any, value: Any) -> Any:
     if sharded_dim(source) not in (None, dim):
         return NotImplemented
     pieces = [Piece(0, 0, start), Piece(1, 0, stop - start), Piece(0, stop, length)]
-    (written,) = rearrange([tensor, source], [[piece for piece in pieces if len(piece)]], dim)
+    (written,) = on.rearrange([tensor, source], [[piece for piece in pieces if len(piece)]], dim)
     tensor.copy_(written)
     return None
 
@@ -204,3 +207,7 @@ def _unbind(on: OnShards, tensor: DTensor, dim: int = 0) -> Any:
     on.on_gather("unbind", "each row of a sharded dim is to be a tensor")
     on.viewed(tensor, whole)
     return tuple(whole.select(dim, i) for i in range(tensor.shape[dim]))  # see `_slices`
+
+
+LATER = {function for function, handler in HANDLERS.items() if handler in (_cat, _split, _chunk, _narrow, _getitem)}
+"""These do not look at what they are given."""

@@ -6,6 +6,7 @@ Everything else goes to DTensor if it is known to be right on shards (see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,15 +15,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from meshdiff.untouched import cuts, layers
 from meshdiff.untouched.aliases import Aliases, memory
-from meshdiff.untouched.guard import NotOnShards, Unsafe
+from meshdiff.untouched.guard import Guard, NotOnShards, Unsafe
 from meshdiff.untouched.handlers import Handlers
+from meshdiff.untouched.known import Known
+from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import Recorder
+from meshdiff.untouched.rows import Piece, rearrange
 from meshdiff.untouched.tensors import (
+    all_whole,
     as_whole,
+    dtensors,
     is_plainly_placed,
     is_sharded,
     map_dtensors,
@@ -42,21 +48,36 @@ class OnShards(TorchFunctionMode):
         mesh: the 1-D mesh.
         aliases: where to note what shares memory on one device.
         strategy: of mesh attention.
+        guard: is off while what is done here runs on parts of tensors.
+        known: what has been found out about operations.
+        pending: what waits for rows.
         recorder: is told of what runs, on shards and on whole tensors.
     """
 
-    def __init__(self, mesh: DeviceMesh, aliases: Aliases, strategy: str, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        aliases: Aliases,
+        strategy: str,
+        guard: Guard,
+        known: Known,
+        pending: Pending,
+        recorder: Recorder | None = None,
+    ) -> None:
         super().__init__()
         self.mesh, self.aliases, self.strategy, self.recorder = mesh, aliases, strategy, recorder
+        self.unguarded, self.known, self.pending = guard.off, known, pending
         self.exchanging = 0  # how deep in a function that is done here, on parts of tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in DESCRIPTIONS:
+            return func(*args, **kwargs)
         if getattr(func, "__self__", None) is Tensor.data:
             if func.__name__ != "__get__":
                 raise Unsafe("data is given to a tensor, which no operation shows")
             func = Tensor.detach  # alike, but writes to it are counted: a call that starts again has to know of them
-        if not _has_dtensor(args) and not (kwargs and _has_dtensor(kwargs.values())):
+        if next(dtensors((args, kwargs)), None) is None:
             if func is F.scaled_dot_product_attention:
                 query, key = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))[:2]
                 self.on_attention(query, key, False)
@@ -65,6 +86,8 @@ class OnShards(TorchFunctionMode):
             raise Unsafe(f"{func.__name__} looks at the memory of a tensor, of which a rank holds a part")
         handler = HANDLERS.find(func, args, kwargs)
         if handler is not None and _are_plainly_placed((args, kwargs)):
+            if func not in cuts.LATER:
+                self.look_at(args, kwargs)
             self.exchanging += 1
             try:
                 result = handler(self, *args, **kwargs)
@@ -76,6 +99,7 @@ class OnShards(TorchFunctionMode):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """By DTensor's rules if they are known to be right, else on whole tensors."""
+        self.look_at(args, kwargs)
         writes = self.aliases.writes
         try:
             return self.natively(func, args, kwargs)
@@ -90,8 +114,15 @@ class OnShards(TorchFunctionMode):
         return self.gathered(func, args, kwargs, why)
 
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(Tensor, lambda tensor: as_whole(tensor, self.mesh), (args, kwargs))
-        return map_dtensors(settled, func(*args, **kwargs))
+        # A call that is recorded is one that finds out what runs how, operation by operation.
+        key = None if torch.is_grad_enabled() or self.recorder is not None else self.known.key(func, args, kwargs)
+        if key is not None and (result := self.known.get(key)) is not None:
+            return result.again(func, args, kwargs)
+        args, kwargs = all_whole(args, self.mesh), {name: all_whole(kwargs[name], self.mesh) for name in kwargs}
+        made = map_dtensors(settled, func(*args, **kwargs))
+        if key is not None:
+            self.known.learn(key, func, args, made)
+        return made
 
     def gathered(self, func: Any, args: Any, kwargs: Any, why: str) -> Any:
         """On whole tensors, on every rank alike; what is written to them is written to the shards as well."""
@@ -120,6 +151,27 @@ class OnShards(TorchFunctionMode):
             raise Unsafe(f"{name} writes to shards, of which autograd would not know")
         tensor.copy_(as_whole(copy, self.mesh).redistribute(placements=tensor.placements))
 
+    def rearrange(
+        self, sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int, views: bool = False
+    ) -> list[DTensor]:
+        """New DTensors of rows of others, which move once somebody looks at them; see `rows.rearrange`."""
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            self.look_at(sources)
+            with self.unguarded():
+                return rearrange(sources, outputs, dim, views)
+        with self.unguarded():
+            return self.pending.rearrange(sources, outputs, dim, sources[0].stride() if views else None)
+
+    def look_at(self, *values: Any) -> None:
+        """Have the rows there of what is going to be read."""
+        if self.pending and any(tensor in self.pending for tensor in dtensors(values)):
+            self.settle()
+
+    def settle(self) -> None:
+        """Have all rows there."""
+        with self.unguarded():
+            self.pending.settle()
+
     def on_gather(self, function: str, why: str) -> None:
         if self.recorder is not None:
             self.recorder.on_gather(function, why)
@@ -136,22 +188,20 @@ class OnShards(TorchFunctionMode):
 
 UNKNOWABLE = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.set_, Tensor.__array__, Tensor.numpy}
 
+DESCRIPTIONS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex),
+    *(torch.is_floating_point, torch.is_complex),
+}
+"""A DTensor says of itself what a tensor of one device does; nothing runs."""
+
 
 def _name(func: Any) -> str:
     return getattr(func, "__name__", str(func))
 
 
-def _has_dtensor(values: Any) -> bool:
-    for value in values:
-        if isinstance(value, DTensor):
-            return True
-        if isinstance(value, (list, tuple)) and _has_dtensor(value):
-            return True
-    return False
-
-
 def _are_plainly_placed(values: Any) -> bool:
-    return all(is_plainly_placed(leaf) for leaf in tree_leaves(values) if isinstance(leaf, DTensor))
+    return all(map(is_plainly_placed, dtensors(values)))
 
 
 def _is_of_propagation(error: Exception) -> bool:

@@ -8,6 +8,7 @@ only if it is known to be right there; nothing here knows any model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from meshdiff.untouched.aliases import Aliases, memory
+from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import calling_line
 
 __all__ = ["Guard", "NotOnShards", "Unsafe"]
@@ -91,15 +93,30 @@ class Guard(TorchDispatchMode):
 
     Args:
         aliases: what is noted of memory.
+        pending: what waits for rows, which a write to where they are now would change.
         on_operation: is told of every operation: its function, arguments and result.
     """
 
     supports_higher_order_operators = True  # such as flex attention
 
-    def __init__(self, aliases: Aliases, on_operation: Callable[[Any, Any, Any], None] | None = None) -> None:
+    def __init__(
+        self, aliases: Aliases, pending: Pending, on_operation: Callable[[Any, Any, Any], None] | None = None
+    ) -> None:
         super().__init__()
-        self.aliases = aliases
+        self.aliases, self.pending = aliases, pending
         self.on_operation = on_operation
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While operations run that are right by construction, each of which would cost more than a small one takes."""
+        if _get_current_dispatch_mode() is not self:  # another one, which has to see them, would go too
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -114,6 +131,12 @@ class Guard(TorchDispatchMode):
                 raise NotOnShards(func.name())
             return func(*args, **kwargs)
         kind = kind_of(func)
+        if not sharded and not kind.written and self.on_operation is None:
+            return func(*args, **kwargs)
+        if self.pending and (
+            kind.written or any(tensor in self.pending for tensor in _tensors([*args, *kwargs.values()]))
+        ):
+            self.pending.settle()
         if sharded and torch.Tag.inplace_view in func.tags:
             raise Unsafe(f"{kind.name} changes a tensor's shape in place, and shards keep theirs")
         if sharded and not _is_known(kind, args, kwargs):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from meshdiff.attention.local import from_shard, to_shard
+from meshdiff.attention.local import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.tensors import sharded_dim
 
@@ -23,35 +24,41 @@ Handler = Callable[..., Any]
 """Takes the mode, then what the function takes; returns NotImplemented for arguments it has no way with."""
 
 
-class Handlers(dict[Any, tuple[Handler, inspect.Signature]]):
+class Handlers(dict[Any, Handler]):
     """Torch functions, and what does them on shards."""
 
     def of(self, *functions: Any) -> Callable[[Handler], Handler]:
         """Register what does these functions."""
 
         def register(handler: Handler) -> Handler:
-            self.update(dict.fromkeys(functions, (handler, inspect.signature(handler))))
+            self.update(dict.fromkeys(functions, handler))
             return handler
 
         return register
 
     def find(self, func: Any, args: Any, kwargs: Any) -> Handler | None:
         """What does a function, if the call spells its arguments in a way that it reads."""
-        handler, signature = self.get(func, (None, None))
-        if signature is not None:
-            try:
-                signature.bind(None, *args, **kwargs)
-            except TypeError:
-                return None
-        return handler
+        handler = self.get(func)
+        return handler if handler is not None and _reads(handler, len(args), tuple(kwargs)) else None
+
+
+@lru_cache(maxsize=4096)
+def _reads(handler: Handler, places: int, names: tuple[str, ...]) -> bool:
+    try:
+        inspect.signature(handler).bind(None, *range(places), **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
 
 
 def by_shard(on: OnShards, tensor: Tensor, shape: torch.Size, func: Any, *args: Any) -> DTensor:
     """A function for which a rank needs nothing of others, and which keeps the sharded dim as it is."""
     dim = sharded_dim(tensor)
     assert dim is not None
-    local = each(func, to_shard(tensor), *args)
-    return from_shard(local, on.mesh, Shard(dim), like=torch.empty(shape, device="meta"))
+    on.look_at(tensor)
+    with on.unguarded():
+        local = each(func, to_shard(tensor), *args)
+    return wrap(local, on.mesh, Shard(dim), shape, contiguous_stride(shape))
 
 
 @on_each_rank

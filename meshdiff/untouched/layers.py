@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from meshdiff.attention import mesh_attention
-from meshdiff.attention.local import from_shard, to_shard
+from meshdiff.attention.local import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.handlers import Handlers, by_shard
-from meshdiff.untouched.tensors import as_whole, is_sharded, sharded_dim, to_plain
+from meshdiff.untouched.tensors import as_whole, is_sharded, own_copy, sharded_dim, to_plain
 
 if TYPE_CHECKING:
     from meshdiff.untouched.functions import OnShards
@@ -27,13 +28,57 @@ HANDLERS = Handlers()
 def _linear(on: OnShards, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """DTensor flattens the dims before the last, which it cannot do with a shard of one of them unless it is even."""
     dim = sharded_dim(input)
-    weights = [as_whole(tensor, on.mesh) for tensor in (weight, bias) if tensor is not None]
+    weights = [tensor for tensor in (weight, bias) if tensor is not None]
     if dim is None or dim == input.ndim - 1 or any(map(is_sharded, weights)):
         return NotImplemented
     shape = torch.Size((*input.shape[:-1], weight.shape[0]))
     if on.recorder is not None:
         on.recorder.on_linear(shape, weight)
-    return by_shard(on, input, shape, F.linear, *map(to_shard, weights))
+    return by_shard(on, input, shape, F.linear, *(own_copy(tensor, on.mesh) for tensor in weights))
+
+
+@HANDLERS.of(F.layer_norm)
+def _layer_norm(
+    on: OnShards,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    return _normalized(on, F.layer_norm, input, normalized_shape, (weight, bias), eps)
+
+
+@HANDLERS.of(F.rms_norm, torch.rms_norm)
+def _rms_norm(
+    on: OnShards,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    return _normalized(on, F.rms_norm, input, normalized_shape, (weight,), eps)
+
+
+def _normalized(
+    on: OnShards, func: Any, input: Tensor, shape: Sequence[int], weights: Sequence[Tensor | None], eps: float | None
+) -> Any:
+    """Each row for itself; DTensor takes it apart into a dozen operations."""
+    dim = sharded_dim(input)
+    if not isinstance(shape, (tuple, list)) or any(map(is_sharded, weights)):
+        return NotImplemented
+    if dim is None or dim >= input.ndim - len(shape):
+        return NotImplemented
+    if on.recorder is not None:
+        on.recorder.on_function(func.__name__)
+    own = [None if tensor is None else own_copy(tensor, on.mesh) for tensor in weights]
+    return by_shard(on, input, input.shape, func, shape, *own, eps)
+
+
+@HANDLERS.of(Tensor.float, Tensor.type_as)
+def _of_its_type(on: OnShards, tensor: Tensor, other: Tensor | None = None) -> Any:
+    """The tensor itself, as everywhere, if it has that type; models ask for it before every sum."""
+    return tensor if tensor.dtype == (torch.float32 if other is None else other.dtype) else NotImplemented
 
 
 @HANDLERS.of(torch.view_as_complex, torch.view_as_real)
@@ -56,9 +101,10 @@ def _by_batch(on: OnShards, query: Tensor, key: Tensor, value: Tensor, **options
     if not query.shape[dim] == key.shape[dim] == value.shape[dim]:
         return NotImplemented
     on.on_attention(query, key, True)
-    local = _attend_each(*map(to_shard, (query, key, value)), **options)
-    shape = (*query.shape[:-1], value.shape[-1])
-    return from_shard(local, on.mesh, Shard(dim), like=torch.empty(shape, device="meta"))
+    with on.unguarded():
+        local = _attend_each(*map(to_shard, (query, key, value)), **options)
+    shape = torch.Size((*query.shape[:-1], value.shape[-1]))
+    return wrap(local, on.mesh, Shard(dim), shape, contiguous_stride(shape))
 
 
 @on_each_rank
@@ -95,12 +141,13 @@ def _attention(
     query, key, value = (as_whole(tensor, on.mesh) for tensor in (query, key, value))
     cross = dims[1] is None and dims[2] is None
     placed = [Shard(seq)] * 3 if not cross else [Shard(seq), key.placements[0], key.placements[0]]
-    rows = [
-        tensor.redistribute(placements=[placement]).transpose(1, 2)
-        for tensor, placement in zip((query, key, value), placed, strict=True)
-    ]
     if isinstance(attn_mask, DTensor):
         attn_mask = to_plain(attn_mask)
     on.on_attention(query, key, True)
-    attended = mesh_attention(*rows, attn_mask=attn_mask, is_causal=is_causal, scale=scale, strategy=on.strategy)
-    return attended.transpose(1, 2)
+    with on.unguarded():
+        rows = [
+            (tensor if tensor.placements[0] == to else tensor.redistribute(placements=[to])).transpose(1, 2)
+            for tensor, to in zip((query, key, value), placed, strict=True)
+        ]
+        attended = mesh_attention(*rows, attn_mask=attn_mask, is_causal=is_causal, scale=scale, strategy=on.strategy)
+        return attended.transpose(1, 2)

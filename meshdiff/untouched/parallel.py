@@ -22,6 +22,8 @@ from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import find_blocks, shard_tokens
 from meshdiff.untouched.functions import OnShards
 from meshdiff.untouched.guard import Guard, Unsafe
+from meshdiff.untouched.known import Known
+from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.report import Report
 from meshdiff.untouched.retreat import Before, agree_to_retreat, check_alike, explain
@@ -99,6 +101,7 @@ class Parallelized:
         self._settled: set[Any] = set()
         self._report: Report | None = None
         self._running: _Run | None = None
+        self._known = Known()
         self._failed_in: str | None = None  # the block that ended the last call
         self._forward = module.forward
         self._block_forwards: dict[str, Callable[..., Any]] = {}
@@ -211,11 +214,15 @@ class Parallelized:
                 stack.enter_context(implicit_replication())
                 if run.recorder is not None:
                     stack.enter_context(run.recorder)
-                functions = OnShards(self.mesh, run.aliases, self.strategy, run.recorder)
-                run.functions = functions
-                stack.enter_context(Guard(run.aliases, run.on_operation if record else None))
-                stack.enter_context(functions)
+                pending = Pending(run.recorder)
+                guard = Guard(run.aliases, pending, run.on_operation if record else None)
+                run.functions = OnShards(
+                    self.mesh, run.aliases, self.strategy, guard, self._known, pending, run.recorder
+                )
+                stack.enter_context(guard)
+                stack.enter_context(run.functions)
                 yield run
+                run.functions.settle()
         finally:
             self._running, self._failed_in = None, run.failed_in
             if collects:
@@ -233,6 +240,8 @@ class Parallelized:
     def _entered(self, run: _Run, name: str, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a block: its tokens on shards, or everything whole."""
         if type(block).__name__ in self.whole:
+            assert run.functions is not None
+            run.functions.settle()
 
             def gather(tensor: DTensor) -> Tensor:
                 plain = to_plain(tensor)

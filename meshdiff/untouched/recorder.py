@@ -19,7 +19,7 @@ import meshdiff
 from meshdiff.comms import CommsCounter
 from meshdiff.untouched.tensors import is_sharded
 
-__all__ = ["BlockRecord", "Line", "Recorder", "Sent"]
+__all__ = ["BlockRecord", "Line", "Recorder", "Sent", "calling_line"]
 
 LIBRARIES = (str(Path(torch.__file__).parent), str(Path(meshdiff.__file__).parent))
 
@@ -73,6 +73,8 @@ class Recorder(CommsCounter):
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__(mesh)
         self.blocks: dict[str, BlockRecord] = {}
+        self.line: Line | None = None
+        """The line to name as the cause of what is sent; None for the one that is running."""
         self.enter("", "")
 
     def enter(self, name: str, kind: str) -> None:
@@ -80,7 +82,7 @@ class Recorder(CommsCounter):
 
     def count(self, dim: str, collective: str, nbytes: int) -> None:
         super().count(dim, collective, nbytes)
-        sent = self.current.sent[collective, calling_line()]
+        sent = self.current.sent[collective, self.line or calling_line()]
         sent.count += 1
         sent.bytes += nbytes
 
@@ -109,6 +111,10 @@ class Recorder(CommsCounter):
         """Note a linear layer on shards, which gives `shape`."""
         self.current.sharded["linear"] += 1
         self._add_flops(2 * shape.numel() * weight.shape[1], True)
+
+    def on_function(self, name: str) -> None:
+        """Note a function on shards that is not made of operations which the guard sees."""
+        self.current.sharded[name] += 1
 
     def on_gather(self, function: str, why: str) -> None:
         """Note a function that ran on whole tensors."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from meshdiff.attention.local import contiguous_stride, wrap
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["Piece", "rearrange"]
+__all__ = ["Piece", "move", "rearrange", "unfilled"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,30 @@ def _on_dim(tensor: DTensor, dim: int) -> DTensor:
 def _rearranged(
     sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int, stride: tuple[int, ...] | None = None
 ) -> list[DTensor]:
+    zeros = [any(piece.source is None for piece in pieces) for pieces in outputs]
+    lengths = [sum(map(len, pieces)) for pieces in outputs]
+    made = [unfilled(sources[0], *own, dim, stride) for own in zip(lengths, zeros, strict=True)]
+    move(sources, outputs, dim, made)
+    return made
+
+
+def unfilled(like: DTensor, length: int, zeros: bool, dim: int, stride: tuple[int, ...] | None) -> DTensor:
+    """A DTensor of as many rows, whose values are whatever was there, or zeros."""
+    mesh = like.device_mesh
+    shard = _memory(like.to_local(), zeros, length, mesh.size(), mesh.get_local_rank(), dim)
+    shape = torch.Size((*like.shape[:dim], length, *like.shape[dim + 1 :]))
+    return wrap(shard, mesh, Shard(dim), shape, stride or contiguous_stride(shape))
+
+
+@on_each_rank
+def _memory(like: Tensor, zeros: bool, length: int, ranks: int, rank: int, dim: int) -> Tensor:
+    shape = list(like.shape)
+    shape[dim] = len(chunk_ranges(length, ranks)[rank])
+    return like.new_zeros(shape) if zeros else like.new_empty(shape)
+
+
+def move(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int, into: Sequence[DTensor]) -> None:
+    """Fill DTensors with their pieces of others; see `rearrange`. Not differentiable."""
     mesh = sources[0].device_mesh
     plan = Plan(
         tuple(source.shape[dim] for source in sources),
@@ -180,16 +204,7 @@ def _rearranged(
                 group=mesh,
             )
         )
-    made = _unpack(plan, rank, dim, received, *shards)
-    return [_from_shard(shard, mesh, dim, sources[0], plan.length(i), stride) for i, shard in enumerate(made)]
-
-
-def _from_shard(
-    shard: Tensor, mesh: DeviceMesh, dim: int, like: Tensor, length: int, stride: tuple[int, ...] | None
-) -> DTensor:
-    shape = (*like.shape[:dim], length, *like.shape[dim + 1 :])
-    stride = stride or torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(shard, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+    _unpack(plan, rank, dim, received, len(shards), *shards, *(output.to_local() for output in into))
 
 
 @on_each_rank
@@ -212,14 +227,9 @@ def _pack(plan: Plan, rank: int, dim: int, *shards: Tensor) -> Tensor:
 
 
 @on_each_rank
-def _unpack(plan: Plan, rank: int, dim: int, received: Tensor | None, *shards: Tensor) -> tuple[Tensor, ...]:
-    """Each output's part on this rank, of what it keeps and what has come."""
-    made = []
-    for output, pieces in enumerate(plan.outputs):
-        shape = list(shards[0].shape)
-        shape[dim] = len(chunk_ranges(plan.length(output), plan.ranks)[rank])
-        zeros = any(piece.source is None for piece in pieces)
-        made.append(shards[0].new_zeros(shape) if zeros else shards[0].new_empty(shape))
+def _unpack(plan: Plan, rank: int, dim: int, received: Tensor | None, sources: int, *tensors: Tensor) -> None:
+    """Each output's part on this rank, of what it keeps and what has come; sources first, then outputs."""
+    shards, made = tensors[:sources], tensors[sources:]
     at = 0
     for sender in range(plan.ranks):
         for s in segments(plan, sender, rank):
@@ -230,4 +240,3 @@ def _unpack(plan: Plan, rank: int, dim: int, received: Tensor | None, *shards: T
                 assert received is not None
                 place.copy_(received[at : at + place.numel()].view(place.shape))
                 at += place.numel()
-    return tuple(made)

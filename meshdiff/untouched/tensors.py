@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map_only
 
+from meshdiff.attention.local import to_shard, wrap
 from meshdiff.placements import WHOLE
 
 __all__ = [
+    "all_whole",
     "as_whole",
+    "dtensors",
     "is_plainly_placed",
     "is_sharded",
     "map_dtensors",
+    "own_copy",
     "settled",
     "sharded_dim",
     "to_plain",
     "to_shards",
 ]
 
-T = TypeVar("T")
+LEAVES = {bool, int, float, complex, str, type(None), type(...), slice, torch.dtype, torch.device, torch.Size}
+"""What holds no tensors; to look into it with pytree takes longer than most operations."""
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -44,7 +50,19 @@ def sharded_dim(tensor: Tensor) -> int | None:
 
 def as_whole(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """A plain tensor, the same on every rank, as a DTensor; nothing is copied, and gradients are added up."""
-    return tensor if isinstance(tensor, DTensor) else DTensor.from_local(tensor, mesh, [WHOLE], run_check=False)
+    return tensor if isinstance(tensor, DTensor) else wrap(tensor, mesh, WHOLE, tensor.shape, tensor.stride())
+
+
+def own_copy(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+    """A tensor that is whole on every rank, plain; its gradient is the sum of what ranks give it."""
+    if isinstance(tensor, DTensor) or (torch.is_grad_enabled() and tensor.requires_grad):
+        return to_shard(as_whole(tensor, mesh))
+    return tensor
+
+
+def all_whole(value: Any, mesh: DeviceMesh) -> Any:
+    """The same structure with every plain tensor `as_whole`."""
+    return _map(Tensor, lambda tensor: as_whole(tensor, mesh), value)
 
 
 def to_shards(tensor: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
@@ -80,6 +98,26 @@ def settled(tensor: DTensor) -> DTensor:
     return tensor.redistribute(placements=[Replicate()]) if tensor.placements[0].is_partial() else tensor
 
 
-def map_dtensors(function: Callable[[DTensor], Any], value: T) -> T:
+def dtensors(value: Any) -> Iterator[DTensor]:
+    """Those in tuples, lists and the values of dicts."""
+    if isinstance(value, DTensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            if type(entry) not in LEAVES:
+                yield from dtensors(entry)
+
+
+def map_dtensors(function: Callable[[DTensor], Any], value: Any) -> Any:
     """The same structure with every DTensor replaced."""
-    return tree_map_only(DTensor, function, value)
+    return _map(DTensor, function, value)
+
+
+def _map(kind: type[Tensor], function: Callable[[Any], Any], value: Any) -> Any:
+    if type(value) in LEAVES:
+        return value
+    if isinstance(value, Tensor):
+        return function(value) if isinstance(value, kind) else value
+    if type(value) in (tuple, list):
+        return type(value)([_map(kind, function, entry) for entry in value])
+    return tree_map_only(kind, function, value)
