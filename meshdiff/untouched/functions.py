@@ -21,6 +21,7 @@ from meshdiff.untouched import cuts, layers
 from meshdiff.untouched.aliases import Aliases, memory
 from meshdiff.untouched.guard import Guard, NotOnShards, Unsafe
 from meshdiff.untouched.handlers import Handlers
+from meshdiff.untouched.joins import BY_PARTS, by_parts
 from meshdiff.untouched.known import Known
 from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import Recorder
@@ -39,6 +40,8 @@ from meshdiff.untouched.tensors import (
 __all__ = ["OnShards"]
 
 HANDLERS = Handlers({**cuts.HANDLERS, **layers.HANDLERS})
+LOOK_THEMSELVES = {*cuts.LATER, F.scaled_dot_product_attention}
+"""These know what to do with rows that wait."""
 
 
 class OnShards(TorchFunctionMode):
@@ -84,9 +87,13 @@ class OnShards(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in UNKNOWABLE:
             raise Unsafe(f"{func.__name__} looks at the memory of a tensor, of which a rank holds a part")
+        if self.pending and func in BY_PARTS:
+            result = by_parts(self, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
         handler = HANDLERS.find(func, args, kwargs)
         if handler is not None and _are_plainly_placed((args, kwargs)):
-            if func not in cuts.LATER:
+            if func not in LOOK_THEMSELVES:
                 self.look_at(args, kwargs)
             self.exchanging += 1
             try:
@@ -165,7 +172,8 @@ class OnShards(TorchFunctionMode):
     def look_at(self, *values: Any) -> None:
         """Have the rows there of what is going to be read."""
         if self.pending and any(tensor in self.pending for tensor in dtensors(values)):
-            self.settle()
+            with self.unguarded():
+                self.pending.look_at(dtensors(values))
 
     def settle(self) -> None:
         """Have all rows there."""

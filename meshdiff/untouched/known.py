@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
@@ -23,7 +23,7 @@ from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.tensors import LEAVES, sharded_dim
 
-__all__ = ["Key", "Known", "Result"]
+__all__ = ["POINTWISE", "REORDERS", "RESHAPES", "Key", "Known", "Result", "described"]
 
 _NAMES = ("add", "sub", "mul", "div", "neg", "abs", "pow", "exp", "sin", "cos", "tanh", "sigmoid", "sqrt", "rsqrt")
 POINTWISE = {getattr(where, name) for where in (torch, Tensor) for name in _NAMES}
@@ -67,6 +67,8 @@ class Known:
 
     def __init__(self) -> None:
         self._results: dict[Key, Result | None] = {}
+        self.outlines: dict[Key, list[Tensor]] = {}
+        """What functions make of whole tensors, without the values."""
 
     def get(self, key: Key) -> Result | None:
         return self._results.get(key)
@@ -86,22 +88,35 @@ class Known:
                 return None
         elif func not in POINTWISE and (kwargs or (func not in RESHAPES and func not in REORDERS)):
             return None
-        parts: list[Any] = [func, torch.get_default_dtype(), *kwargs]
-        for value in (*args, *kwargs.values()):
-            kind = type(value)
-            if kind is DTensor:
-                parts.append(value._spec)
-            elif (kind is Tensor or kind is nn.Parameter) and value is not kwargs.get("out"):
-                parts.append((value.shape, value.stride(), value.dtype, value.device))
-            elif (kind is tuple or kind is list or kind is torch.Size) and all(type(entry) is int for entry in value):
-                parts.append(tuple(value))
-            elif kind is float or kind is complex:
-                parts.append(kind)  # its value decides nothing
-            elif kind in LEAVES and kind is not slice:
-                parts.append((kind, value))
-            else:
-                return None
-        return tuple(parts)
+        return described(func, args, kwargs)
+
+
+def described(func: Any, args: Any, kwargs: Any) -> Key | None:
+    """A function and what decides the shape and stride of its results; None if that is not easily said."""
+    parts: list[Any] = [func, torch.get_default_dtype(), *kwargs]
+    if "out" in kwargs or not _describe((*args, *kwargs.values()), parts):
+        return None
+    return tuple(parts)
+
+
+def _describe(values: Sequence[Any], parts: list[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is DTensor:
+            parts.append(value._spec)
+        elif isinstance(value, Tensor):
+            parts.append((value.shape, value.stride(), value.dtype, value.device))
+        elif kind is float or kind is complex:
+            parts.append(kind)  # its value decides nothing
+        elif kind is tuple or kind is list or kind is torch.Size:
+            parts.append((kind, len(value)))
+            if not _describe(value, parts):
+                return False
+        elif kind in LEAVES and kind is not slice:
+            parts.append((kind, value))
+        else:
+            return False
+    return True
 
 
 def _learnt(func: Any, args: Any, result: Any) -> Result | None:

@@ -14,6 +14,7 @@ from meshdiff.attention import mesh_attention
 from meshdiff.attention.local import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.handlers import Handlers, by_shard
+from meshdiff.untouched.joins import attention_of_joins
 from meshdiff.untouched.tensors import as_whole, is_sharded, own_copy, sharded_dim, to_plain
 
 if TYPE_CHECKING:
@@ -126,12 +127,17 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    dims = [sharded_dim(tensor) for tensor in (query, key, value)]
-    seq = query.ndim - 2
     alike = query.ndim == key.ndim == value.ndim == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
     # Without enable_gqa a single head of key and value is for all heads, as ever in broadcasting.
     grouped = alike and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
     mask_gradient = attn_mask is not None and attn_mask.requires_grad
+    if on.pending and alike and grouped and not mask_gradient and not dropout_p:
+        joined = attention_of_joins(on, query, key, value, attn_mask, is_causal, scale)
+        if joined is not NotImplemented:
+            return joined
+    on.look_at((query, key, value, attn_mask))
+    dims = [sharded_dim(tensor) for tensor in (query, key, value)]
+    seq = query.ndim - 2
     if not dropout_p and attn_mask is None and len(set(dims)) == 1 and dims[0] is not None and dims[0] < seq:
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return _by_batch(on, query, key, value, **options)

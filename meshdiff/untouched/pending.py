@@ -9,14 +9,15 @@ one exchange, and of what was cut only to be joined again nothing moves.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from meshdiff.untouched.recorder import Line, Recorder, calling_line
-from meshdiff.untouched.rows import Piece, move, unfilled
+from meshdiff.untouched.rows import Piece, move, nothing_moves, plan_of, unfilled
 
 __all__ = ["Pending"]
 
@@ -53,6 +54,7 @@ class Pending:
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.recorder = recorder
         self._waiting: dict[int, Wait] = {}
+        self._used: set[int] = set()  # ids of those that others were made of, so that nobody may want them any more
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
@@ -75,7 +77,8 @@ class Pending:
             rows = _merged([row for piece in pieces for row in self._rows(sources, piece)])
             zeros = any(own.source is None for own in rows)
             output = unfilled(sources[0], sum(map(len, pieces)), zeros, dim, stride)
-            self._waiting[id(output)] = Wait(weakref.ref(output), tuple(rows), dim, line)
+            self._waiting[id(output)] = Wait(weakref.ref(output, self._forget), tuple(rows), dim, line)
+            self._used.discard(id(output))
             made.append(output)
         return made
 
@@ -86,6 +89,7 @@ class Pending:
         source = sources[piece.source]
         if source not in self:
             return [Rows(source, piece.start, piece.stop)]
+        self.use(source)
         found, at = [], 0
         for rows in self._waiting[id(source)].rows:
             start, stop = max(piece.start - at, 0), min(piece.stop - at, rows.stop - rows.start)
@@ -94,10 +98,41 @@ class Pending:
             at += rows.stop - rows.start
         return found
 
+    def parts(self, tensor: Any) -> tuple[DTensor, ...] | None:
+        """What a DTensor that waits is a join of, if it is one of DTensors as a whole."""
+        if tensor not in self:
+            return None
+        wait = self._waiting[id(tensor)]
+        parts = tuple(
+            own.source
+            for own in wait.rows
+            if own.source is not None and (own.start, own.stop) == (0, own.source.shape[wait.dim])
+        )
+        return parts if len(parts) == len(wait.rows) > 1 else None
+
+    def _forget(self, output: weakref.ref[DTensor]) -> None:
+        """Let go of what nobody can want any more, and of the rows kept for it."""
+        for key in [key for key, wait in self._waiting.items() if wait.output is output]:
+            del self._waiting[key]
+
+    def use(self, tensor: Tensor) -> None:
+        """Note that something was made of what a DTensor waits for."""
+        self._used.add(id(tensor))
+
+    def look_at(self, tensors: Iterable[DTensor]) -> None:
+        """Let the rows move of these; and if any have to, with them those of others that were not used otherwise."""
+        looked_at = {id(tensor) for tensor in tensors if tensor in self}
+        if any(_moves(self._waiting[key]) for key in looked_at):
+            looked_at |= self._waiting.keys() - self._used
+        self._settle([key for key in self._waiting if key in looked_at])
+
     def settle(self) -> None:
-        """Let the rows move that are still wanted."""
-        waiting = [(wait, output) for wait in self._waiting.values() if (output := wait.output()) is not None]
-        self._waiting.clear()
+        """Let the rows move of all."""
+        self._settle(list(self._waiting))
+
+    def _settle(self, keys: Sequence[int]) -> None:
+        taken = [self._waiting.pop(key) for key in keys]
+        waiting = [(wait, output) for wait in taken if (output := wait.output()) is not None]
         together: dict[Any, list[tuple[Wait, DTensor]]] = {}
         for wait, output in waiting:
             others = (*output.shape[: wait.dim], *output.shape[wait.dim + 1 :])
@@ -122,11 +157,22 @@ def _merged(rows: Sequence[Rows]) -> list[Rows]:
     return merged
 
 
+def _moves(wait: Wait) -> bool:
+    """Whether any rank needs rows of another."""
+    sources, pieces = _as_pieces([wait.rows])
+    return bool(sources) and not nothing_moves(plan_of(sources, pieces, wait.dim))
+
+
 def _move(rows: Sequence[Sequence[Rows]], outputs: Sequence[DTensor], dim: int) -> None:
-    sources: dict[int, DTensor] = {
-        id(own.source): own.source for part in rows for own in part if own.source is not None
-    }
-    places = {key: place for place, key in enumerate(sources)}
-    pieces = [[Piece(places.get(id(own.source)), own.start, own.stop) for own in part] for part in rows]
+    sources, pieces = _as_pieces(rows)
     if sources:
-        move(list(sources.values()), pieces, dim, outputs)
+        move(sources, pieces, dim, outputs)
+
+
+def _as_pieces(rows: Sequence[Sequence[Rows]]) -> tuple[list[DTensor], list[list[Piece]]]:
+    """The sources, each once, and for each output its pieces of them."""
+    sources = {id(own.source): own.source for part in rows for own in part if own.source is not None}
+    places = {key: place for place, key in enumerate(sources)}
+    return list(sources.values()), [
+        [Piece(places.get(id(own.source)), own.start, own.stop) for own in part] for part in rows
+    ]

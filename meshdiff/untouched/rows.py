@@ -23,7 +23,7 @@ from meshdiff.attention.local import contiguous_stride, wrap
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["Piece", "move", "rearrange", "unfilled"]
+__all__ = ["Piece", "move", "nothing_moves", "plan_of", "rearrange", "unfilled"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,15 @@ def segments(plan: Plan, sender: int, receiver: int) -> tuple[Segment, ...]:
 def nothing_moves(plan: Plan) -> bool:
     """Whether every rank has all that it needs."""
     return not any(segments(plan, *pair) for pair in itertools.permutations(range(plan.ranks), 2))
+
+
+def plan_of(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int) -> Plan:
+    return Plan(
+        tuple(source.shape[dim] for source in sources),
+        tuple(source.placements[0].is_shard() for source in sources),
+        tuple(map(tuple, outputs)),
+        sources[0].device_mesh.size(),
+    )
 
 
 def rearrange(
@@ -184,13 +193,7 @@ def _memory(like: Tensor, zeros: bool, length: int, ranks: int, rank: int, dim: 
 
 def move(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int, into: Sequence[DTensor]) -> None:
     """Fill DTensors with their pieces of others; see `rearrange`. Not differentiable."""
-    mesh = sources[0].device_mesh
-    plan = Plan(
-        tuple(source.shape[dim] for source in sources),
-        tuple(source.placements[0].is_shard() for source in sources),
-        tuple(map(tuple, outputs)),
-        mesh.size(),
-    )
+    mesh, plan = sources[0].device_mesh, plan_of(sources, outputs, dim)
     rank = mesh.get_local_rank()
     shards = [source.to_local() for source in sources]
     row = math.prod(size for other, size in enumerate(sources[0].shape) if other != dim)
