@@ -91,6 +91,7 @@ cases = st.builds(
 ).map(lambda case: Case(**{**case.__dict__, "heads": case.heads * case.group}))
 
 
+# The same cases each time: among all there are those of the next test.
 @settings(max_examples=60, derandomize=True)
 @given(case=cases, ranks=st.integers(1, 8))
 def test_every_strategy_is_as_close_to_the_truth_as_one_device(case, ranks):
@@ -106,6 +107,15 @@ def test_every_strategy_is_as_close_to_the_truth_as_one_device(case, ranks):
     check_bits(values, case, bits_equal(case, ranks))
     if case.cross or ranks == 1:
         assert not traffic["forward"]
+
+
+@pytest.mark.xfail(strict=True, reason="ranks round their shares of a whole value's gradient to half before the sum")
+def test_gradients_of_a_whole_value_in_half_precision_are_as_close_to_the_truth():
+    case = Case(queries=12, heads=1, head_dim=8, batch=1, keys=1, group=1, mask="none", dtype="float16", cross=True,
+                strategy="ulysses")  # fmt: skip
+    with simulate(3):
+        values, _ = attend(case, init_mesh(Layout(1, 3), "cpu")["cp"])
+    check_error(values, case)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
