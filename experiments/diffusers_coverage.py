@@ -33,12 +33,13 @@ BOUND = 1e-5
 INTRODUCTION = """\
 # Transformers of diffusers on a mesh, untouched
 
-What `python experiments/diffusers_coverage.py --ranks {ranks}` prints: every transformer that diffusers exports and that
-takes tokens, in a tiny size ([`experiments/tiny_diffusers`](../experiments/tiny_diffusers)) with lengths and heads that the
-ranks do not divide wherever the class allows it, on processes of one machine. The error is relative to the untouched model
-on one device, in L2 norm; FLOPs, attention and collectives are of the largest number of ranks, in a call of its own shapes.
-"Gathered in blocks" names the lines of code that needed whole tensors. An all-gather in `scaled_dot_product_attention` is
-the `gather` strategy, which sends least where one head of key and value is for many of query.
+What `python experiments/diffusers_coverage.py --ranks {ranks}` prints: every transformer that diffusers exports and
+that takes tokens, in a tiny size ([`experiments/tiny_diffusers`](../experiments/tiny_diffusers)) with lengths and
+heads that the ranks do not divide wherever the class allows it, on processes of one machine. The error is relative to
+the untouched model on one device, in L2 norm; FLOPs, attention and collectives are of the largest number of ranks, in
+a call of its own shapes. "Gathered in blocks" names the lines of code that needed whole tensors. An all-gather in
+`scaled_dot_product_attention` is the `gather` strategy, which sends least where one head of key and value is for many
+of query.
 """
 SECONDS = 60
 """That a rank waits for others before it gives up."""

@@ -164,6 +164,7 @@ def untouched() -> dict:
         "WanTransformer3DModel",
         "FluxTransformer2DModel",
         "SD3Transformer2DModel",
+        "QwenImageTransformer2DModel",
         "ZImageTransformer2DModel",  # lists in and out
         "HiDreamImageTransformer2DModel",  # experts that are chosen by the data
         "GlmImageTransformer2DModel",  # writes to slices

@@ -25,7 +25,7 @@ from meshdiff.untouched.tensors import as_whole, sharded_dim, to_plain
 if TYPE_CHECKING:
     from meshdiff.untouched.functions import OnShards
 
-__all__ = ["HANDLERS", "LATER"]
+__all__ = ["HANDLERS", "LATER", "plain_index"]
 
 HANDLERS = Handlers()
 
@@ -111,7 +111,7 @@ def _pad(on: OnShards, input: DTensor, pad: Sequence[int], mode: str = "constant
 
 @HANDLERS.of(Tensor.__getitem__)
 def _getitem(on: OnShards, tensor: Tensor, index: Any) -> Any:
-    plain = _plain_index(tensor, index)
+    plain = plain_index(tensor, index)
     if plain is None:
         return NotImplemented
     place, entry, dim = plain.place, plain.entry, plain.dim
@@ -136,7 +136,7 @@ def _getitem(on: OnShards, tensor: Tensor, index: Any) -> Any:
 
 @HANDLERS.of(Tensor.__setitem__)
 def _setitem(on: OnShards, tensor: Tensor, index: Any, value: Any) -> Any:
-    plain = _plain_index(tensor, index)
+    plain = plain_index(tensor, index)
     if plain is None or plain.is_number or not isinstance(value, Tensor):
         return NotImplemented
     (start, stop), dim = plain.entry, plain.dim
@@ -160,7 +160,7 @@ def _setitem(on: OnShards, tensor: Tensor, index: Any, value: Any) -> Any:
     return None
 
 
-class _PlainIndex:
+class PlainIndex:
     """An index of slices and numbers, and what it does to the sharded dim."""
 
     def __init__(self, index: tuple[Any, ...], place: int, dim: int, length: int) -> None:
@@ -171,7 +171,7 @@ class _PlainIndex:
         self.entry = (given % length, given % length + 1) if self.is_number else given.indices(length)[:2]
 
 
-def _plain_index(tensor: Tensor, index: Any) -> _PlainIndex | None:
+def plain_index(tensor: Tensor, index: Any) -> PlainIndex | None:
     """How an index goes along the sharded dim; None if it does not, or is no simple one."""
     dim = sharded_dim(tensor)
     entries = index if isinstance(index, tuple) else (index,)
@@ -193,7 +193,7 @@ def _plain_index(tensor: Tensor, index: Any) -> _PlainIndex | None:
     simple = not isinstance(given, slice) or (
         given.step in (None, 1) and all(bound is None or type(bound) is int for bound in (given.start, given.stop))
     )
-    return _PlainIndex(entries, places[dim], dim, tensor.shape[dim]) if simple and tensor.shape[dim] else None
+    return PlainIndex(entries, places[dim], dim, tensor.shape[dim]) if simple and tensor.shape[dim] else None
 
 
 @HANDLERS.of(torch.unbind, Tensor.unbind)

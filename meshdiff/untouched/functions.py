@@ -194,7 +194,8 @@ class OnShards(TorchFunctionMode):
             self.aliases.join(source, result)
 
 
-UNKNOWABLE = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.set_, Tensor.__array__, Tensor.numpy}
+UNKNOWABLE = {Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.storage_offset, Tensor.set_,
+              Tensor.__array__, Tensor.numpy}  # fmt: skip
 
 DESCRIPTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),

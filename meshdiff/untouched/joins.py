@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meshdiff.attention import joint_attention
+from meshdiff.untouched.cuts import plain_index
 from meshdiff.untouched.known import POINTWISE, RESHAPES, described
 from meshdiff.untouched.rows import Piece
 from meshdiff.untouched.tensors import as_whole, dtensors, sharded_dim, to_plain
@@ -28,7 +29,7 @@ __all__ = ["BY_PARTS", "attention_of_joins", "by_parts"]
 CASTS = {Tensor.float, Tensor.type_as, Tensor.to}
 UNBINDS = {Tensor.unbind, torch.unbind}
 REORDERS = {Tensor.permute, Tensor.transpose, torch.permute, torch.transpose, *UNBINDS}
-BY_PARTS = POINTWISE | RESHAPES | REORDERS | {torch.stack}
+BY_PARTS = POINTWISE | RESHAPES | REORDERS | {torch.stack, Tensor.__getitem__}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def by_parts(on: OnShards, func: Any, args: Any, kwargs: Any) -> Any:
     results = [_joined(on, own, outline, join.sizes) for own, outline in zip(rows, outlines, strict=True)]
     if any(result is None for result in results):
         return NotImplemented
-    if func in RESHAPES or func in REORDERS:
+    if func in RESHAPES or func in REORDERS or func is Tensor.__getitem__:
         on.viewed(args[0], *(result for result in results if result is not None))
     return results[0] if several is None else several(results)
 
@@ -97,6 +98,9 @@ def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> 
             return False
         if func is Tensor.to:  # another device, or a copy, is none of this
             return not kwargs and all(isinstance(arg, torch.dtype) for arg in args[1:])
+        if func is Tensor.__getitem__:
+            index = plain_index(*args)
+            return index is not None and not index.is_number and index.entry == (0, args[0].shape[index.dim])
         if func in UNBINDS:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             return (dim % args[0].ndim) - args[0].ndim != joins[id(args[0])].dim

@@ -112,7 +112,10 @@ def _describe(values: Sequence[Any], parts: list[Any]) -> bool:
             parts.append((kind, len(value)))
             if not _describe(value, parts):
                 return False
-        elif kind in LEAVES and kind is not slice:
+        elif kind is slice:
+            if not _describe((value.start, value.stop, value.step), parts):
+                return False
+        elif kind in LEAVES:
             parts.append((kind, value))
         else:
             return False
