@@ -96,7 +96,7 @@ def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if enabled_local_tensor_mode() is None:
             return function(*args, **kwargs)
-        differentiate = torch.is_grad_enabled() and any(isinstance(a, LocalTensor) and a.requires_grad for a in args)
+        differentiate = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if not differentiate:
             return per_rank(*args, **kwargs)
         return _OnEachRank.apply(partial(function, **kwargs), *args)

@@ -175,6 +175,22 @@ def untouched() -> dict:
     return results
 
 
+def untouched_gradients() -> float:
+    """The largest relative error of a gradient of a model on shards, on any rank."""
+    from untouched_cases import Model, inputs
+
+    from meshdiff import parallelize
+    from meshdiff.untouched.parallel import difference
+
+    one, other, given = Model("rows"), Model("rows"), inputs()
+    one(**given).square().sum().backward()
+    parallel = parallelize(other, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"])
+    parallel(**given).square().sum().backward()
+    assert not parallel.whole
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(from_every_rank(max(difference(found.grad, expected.grad) for expected, found in pairs)))
+
+
 def pipelines() -> dict:
     """Pipelines of diffusers on this world's layouts: the error, and the traffic of a call that is not the first."""
     from pipeline_cases import of_pipelines

@@ -53,6 +53,7 @@ def test_on_real_ranks_as_well(ranks, tmp_path):
     results = run_on_ranks("untouched", ranks, tmp_path)
     assert {name: found[0] <= BOUND for name, found in results.items()} == dict.fromkeys(results, True)
     assert {name for name, found in results.items() if found[4]} == set()  # nothing retreated
+    assert run_on_ranks("untouched_gradients", ranks, tmp_path) <= 1e-4
     # Wan's contract: two exchanges for each of two self-attentions of 175 tokens with 5 heads of 12, and the output.
     for rank, traffic in enumerate(results["WanTransformer3DModel"][3]):
         assert traffic["cp"]["all_to_all"]["count"] == 4
@@ -161,7 +162,10 @@ def test_gradients_arrive_whole_and_plain():
     one, other, given = Model("rows"), Model("rows"), inputs()
     one(**given).square().sum().backward()
     with simulate(3):
-        parallelize(other, on_mesh(3))(**given).square().sum().backward()
+        parallel = parallelize(other, on_mesh(3))
+        parallel(**given).square().sum().backward()
+        assert not parallel.whole
+        assert parallel.report().sharded_share > 0.9
         for (name, expected), found in zip(one.named_parameters(), other.parameters(), strict=True):
             assert not isinstance(found.grad, DTensor)
             assert difference(unwrap(found.grad), expected.grad) <= 1e-4, name

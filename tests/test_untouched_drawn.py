@@ -127,10 +127,11 @@ def outcome(case: Case, statistics: Statistics) -> str:
             return "ill-posed"
         expected.append(plain)
     module.zero_grad()
-    given = [copies(values, gradient=case.gradient) for values in (inputs, second)]
+    # The first call finds out what runs how, the second is the first to go by it, the third does it again.
+    given = [copies(values, gradient=case.gradient) for values in (inputs, second, inputs)]
     with simulate(case.ranks):
         handle = parallelize(module, init_mesh(Layout(1, case.ranks), "cpu")["cp"])
-        for values, plain in zip(given, expected, strict=True):
+        for values, plain in zip(given, [*expected, expected[0]], strict=True):
             try:
                 got = call(module, handle, values, case.gradient)
             except Exception as refusal:

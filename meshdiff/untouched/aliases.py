@@ -34,6 +34,12 @@ class Aliases:
         self.writes = 0
         """How many writes to shards there have been."""
 
+    def forget(self) -> None:
+        """Let go of memory that is not in use any more."""
+        alive = {id(group): [member for member in group if not member.expired()] for group in self._groups.values()}
+        groups = [group for group in alive.values() if len(group) > 1]
+        self._groups = {member.cdata: group for group in groups for member in group}
+
     def join(self, tensor: Tensor, copy: Tensor) -> None:
         """Note that on one device these two would share memory."""
         one, other = self._group(memory(tensor)), self._group(memory(copy))

@@ -32,9 +32,12 @@ HANDLERS = Handlers()
 
 @HANDLERS.of(torch.cat, torch.concat, torch.concatenate)
 def _cat(on: OnShards, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
-    dim %= tensors[0].ndim
-    dims = {sharded_dim(tensor) for tensor in tensors} - {None}
-    if dims != {dim} or kwargs or len({tensor.ndim for tensor in tensors}) > 1:
+    ndim = tensors[0].ndim
+    others = {(*tensor.shape[: dim % ndim], *tensor.shape[dim % ndim + 1 :]) for tensor in tensors}
+    if kwargs or not -ndim <= dim < ndim or len(others) > 1 or len({tensor.ndim for tensor in tensors}) > 1:
+        return NotImplemented
+    dim %= ndim
+    if {sharded_dim(tensor) for tensor in tensors} - {None} != {dim}:
         return NotImplemented
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     sources = [as_whole(tensor if tensor.dtype == dtype else tensor.to(dtype), on.mesh) for tensor in tensors]
@@ -52,6 +55,8 @@ def _cut(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple
 
 @HANDLERS.of(torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
 def _split(on: OnShards, tensor: DTensor, split_size_or_sections: Any, dim: int = 0) -> Any:
+    if not -tensor.ndim <= dim < tensor.ndim:
+        return NotImplemented
     dim %= tensor.ndim
     length, sizes = tensor.shape[dim], split_size_or_sections
     if isinstance(sizes, int):
@@ -75,15 +80,20 @@ def _slices(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> An
 
 @HANDLERS.of(torch.chunk, Tensor.chunk)
 def _chunk(on: OnShards, tensor: DTensor, chunks: int, dim: int = 0) -> Any:
+    if not -tensor.ndim <= dim < tensor.ndim or chunks < 1:
+        return NotImplemented
     return _split(on, tensor, [size for size in chunk_sizes(tensor.shape[dim], chunks) if size], dim)
 
 
 @HANDLERS.of(torch.narrow, Tensor.narrow)
 def _narrow(on: OnShards, tensor: DTensor, dim: int, start: Any, length: int) -> Any:
-    dim %= tensor.ndim
-    if sharded_dim(tensor) != dim or not isinstance(start, int):
+    if not -tensor.ndim <= dim < tensor.ndim or sharded_dim(tensor) != dim % tensor.ndim or type(start) is not int:
         return NotImplemented
-    return _rows(on, tensor, start % max(1, tensor.shape[dim]), length, dim)
+    total = tensor.shape[dim]
+    first = start + total if start < 0 else start
+    if not 0 <= first <= first + length <= total:
+        return NotImplemented
+    return _rows(on, tensor, first, length, dim % tensor.ndim)
 
 
 def _rows(on: OnShards, tensor: DTensor, start: int, length: int, dim: int) -> DTensor:
@@ -190,14 +200,18 @@ def plain_index(tensor: Tensor, index: Any) -> PlainIndex | None:
     if len(places) <= dim:
         return None
     given = entries[places[dim]]
-    simple = not isinstance(given, slice) or (
-        given.step in (None, 1) and all(bound is None or type(bound) is int for bound in (given.start, given.stop))
-    )
-    return PlainIndex(entries, places[dim], dim, tensor.shape[dim]) if simple and tensor.shape[dim] else None
+    length = tensor.shape[dim]
+    if isinstance(given, slice):
+        simple = given.step in (None, 1) and all(b is None or type(b) is int for b in (given.start, given.stop))
+    else:
+        simple = -length <= given < length
+    return PlainIndex(entries, places[dim], dim, length) if simple and length else None
 
 
 @HANDLERS.of(torch.unbind, Tensor.unbind)
 def _unbind(on: OnShards, tensor: DTensor, dim: int = 0) -> Any:
+    if not -tensor.ndim <= dim < tensor.ndim:
+        return NotImplemented
     dim %= tensor.ndim
     if sharded_dim(tensor) != dim:
         if torch.is_grad_enabled() and tensor.requires_grad:  # see `_slices`

@@ -96,6 +96,8 @@ def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> 
     if (func not in POINTWISE and func is not torch.stack) or func in CASTS:
         if not args or id(args[0]) not in joins:
             return False
+        if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):
+            return False
         if func is Tensor.to:  # another device, or a copy, is none of this
             return not kwargs and all(isinstance(arg, torch.dtype) for arg in args[1:])
         if func is Tensor.__getitem__:

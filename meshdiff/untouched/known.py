@@ -2,8 +2,9 @@
 
 To take operands apart, decide about placements and divide what is whole costs
 DTensor as much as thousands of multiplications, each time. The operations here
-need nothing of other ranks; what comes of one is decided by its key: the first
-time DTensor says of what shape, stride and placement that is.
+need nothing of other ranks; what comes of one is decided by the function, the
+shapes and placements of its operands, and its other arguments: the first time
+DTensor says of what shape, stride and placement the result is.
 """
 
 from __future__ import annotations
@@ -88,12 +89,16 @@ class Known:
                 return None
         elif func not in POINTWISE and (kwargs or (func not in RESHAPES and func not in REORDERS)):
             return None
+        if any(isinstance(value, Tensor) for value in kwargs.values()):
+            return None
+        if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
+            return None
         return described(func, args, kwargs)
 
 
 def described(func: Any, args: Any, kwargs: Any) -> Key | None:
     """A function and what decides the shape and stride of its results; None if that is not easily said."""
-    parts: list[Any] = [func, torch.get_default_dtype(), *kwargs]
+    parts: list[Any] = [func, torch.get_default_dtype(), len(args), *kwargs]
     if "out" in kwargs or not _describe((*args, *kwargs.values()), parts):
         return None
     return tuple(parts)

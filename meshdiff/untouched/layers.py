@@ -30,7 +30,7 @@ def _linear(on: OnShards, input: Tensor, weight: Tensor, bias: Tensor | None = N
     """DTensor flattens the dims before the last, which it cannot do with a shard of one of them unless it is even."""
     dim = sharded_dim(input)
     weights = [tensor for tensor in (weight, bias) if tensor is not None]
-    if dim is None or dim == input.ndim - 1 or any(map(is_sharded, weights)):
+    if dim is None or dim == input.ndim - 1 or weight.ndim != 2 or any(map(is_sharded, weights)):
         return NotImplemented
     shape = torch.Size((*input.shape[:-1], weight.shape[0]))
     if on.recorder is not None:
@@ -82,16 +82,23 @@ def _of_its_type(on: OnShards, tensor: Tensor, other: Tensor | None = None) -> A
     return tensor if tensor.dtype == (torch.float32 if other is None else other.dtype) else NotImplemented
 
 
-@HANDLERS.of(torch.view_as_complex, torch.view_as_real)
-def _between_real_and_complex(on: OnShards, tensor: DTensor) -> Any:
-    """DTensor has no rule for these; along the last dim a rank needs nothing of others."""
-    dim = sharded_dim(tensor)
-    func = torch.view_as_real if tensor.is_complex() else torch.view_as_complex
-    if dim is None or (func is torch.view_as_complex and dim == tensor.ndim - 1):
+@HANDLERS.of(torch.view_as_complex)
+def _view_as_complex(on: OnShards, input: DTensor) -> Any:
+    """DTensor has no rule for this one and the next; along the last dim a rank needs nothing of others."""
+    dim = sharded_dim(input)
+    if dim is None or dim == input.ndim - 1 or input.is_complex() or input.shape[-1] != 2:
         return NotImplemented
-    shape = torch.Size([*tensor.shape, 2] if tensor.is_complex() else tensor.shape[:-1])
-    result = by_shard(on, tensor, shape, func)
-    on.viewed(tensor, result)
+    result = by_shard(on, input, input.shape[:-1], torch.view_as_complex)
+    on.viewed(input, result)
+    return result
+
+
+@HANDLERS.of(torch.view_as_real)
+def _view_as_real(on: OnShards, input: DTensor) -> Any:
+    if sharded_dim(input) is None or not input.is_complex():
+        return NotImplemented
+    result = by_shard(on, input, torch.Size((*input.shape, 2)), torch.view_as_real)
+    on.viewed(input, result)
     return result
 
 
@@ -99,7 +106,8 @@ def _by_batch(on: OnShards, query: Tensor, key: Tensor, value: Tensor, **options
     """Attention within each entry of a sharded batch, or of sharded heads: nothing is sent."""
     dim = sharded_dim(query)
     assert dim is not None
-    if not query.shape[dim] == key.shape[dim] == value.shape[dim]:
+    shapes = [tensor.shape[:-3] if options["enable_gqa"] else tensor.shape[:-2] for tensor in (query, key, value)]
+    if shapes != shapes[:1] * 3 or not query.shape[dim] == key.shape[dim] == value.shape[dim]:
         return NotImplemented
     on.on_attention(query, key, True)
     with on.unguarded():
@@ -110,9 +118,9 @@ def _by_batch(on: OnShards, query: Tensor, key: Tensor, value: Tensor, **options
 
 @on_each_rank
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    return (
-        F.scaled_dot_product_attention(query, key, value, **options) if query.numel() else query.new_empty(query.shape)
-    )
+    if not query.numel():
+        return query.new_empty(query.shape)
+    return F.scaled_dot_product_attention(query, key, value, **options).contiguous()
 
 
 @HANDLERS.of(F.scaled_dot_product_attention)
@@ -130,8 +138,8 @@ def _attention(
     alike = query.ndim == key.ndim == value.ndim == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
     # Without enable_gqa a single head of key and value is for all heads, as ever in broadcasting.
     grouped = alike and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
-    mask_gradient = attn_mask is not None and attn_mask.requires_grad
-    if on.pending and alike and grouped and not mask_gradient and not dropout_p:
+    other_mask = attn_mask is not None and (attn_mask.requires_grad or attn_mask.dtype not in (torch.bool, query.dtype))
+    if on.pending and alike and grouped and not other_mask and not dropout_p:
         joined = attention_of_joins(on, query, key, value, attn_mask, is_causal, scale)
         if joined is not NotImplemented:
             return joined
@@ -141,7 +149,7 @@ def _attention(
     if not dropout_p and attn_mask is None and len(set(dims)) == 1 and dims[0] is not None and dims[0] < seq:
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return _by_batch(on, query, key, value, **options)
-    if dropout_p or not alike or not grouped or mask_gradient or set(dims) - {seq, None} or not set(dims) - {None}:
+    if dropout_p or not alike or not grouped or other_mask or set(dims) - {seq, None} or not set(dims) - {None}:
         on.on_attention(query, key, False)
         return NotImplemented
     query, key, value = (as_whole(tensor, on.mesh) for tensor in (query, key, value))

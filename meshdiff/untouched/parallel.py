@@ -101,7 +101,8 @@ class Parallelized:
         self._settled: set[Any] = set()
         self._report: Report | None = None
         self._running: _Run | None = None
-        self._known = Known()
+        # These outlive a call: modules keep tensors, an error leaves some that wait.
+        self._known, self._aliases, self._pending = Known(), Aliases(), Pending()
         self._failed_in: str | None = None  # the block that ended the last call
         self._forward = module.forward
         self._block_forwards: dict[str, Callable[..., Any]] = {}
@@ -179,7 +180,7 @@ class Parallelized:
                 args, kwargs = self._entered(run, "", self.module, args, kwargs)
             output = self._forward(*args, **kwargs)
         with run.recorder or ExitStack():
-            output = map_dtensors(to_plain, output)
+            output = map_dtensors(_once(to_plain), output)
         if run.recorder is not None:
             self._report = Report.of(self.module, self.mesh, run.recorder, self.whole)
         return output
@@ -203,7 +204,9 @@ class Parallelized:
     @contextmanager
     def _on_shards(self, record: bool) -> Iterator[_Run]:
         """What has to be on while the model runs."""
-        run = _Run(Aliases(), Recorder(self.mesh) if record else None)
+        run = _Run(self._aliases, Recorder(self.mesh) if record else None)
+        self._aliases.forget()
+        self._pending.recorder = run.recorder
         collects = gc.isenabled()
         # What is still in use decides whether a write is safe, and ranks must decide alike: only
         # reference counts are the same on all of them.
@@ -214,10 +217,9 @@ class Parallelized:
                 stack.enter_context(implicit_replication())
                 if run.recorder is not None:
                     stack.enter_context(run.recorder)
-                pending = Pending(run.recorder)
-                guard = Guard(run.aliases, pending, run.on_operation if record else None)
+                guard = Guard(run.aliases, self._pending, run.on_operation if record else None)
                 run.functions = OnShards(
-                    self.mesh, run.aliases, self.strategy, guard, self._known, pending, run.recorder
+                    self.mesh, run.aliases, self.strategy, guard, self._known, self._pending, run.recorder
                 )
                 stack.enter_context(guard)
                 stack.enter_context(run.functions)
@@ -307,6 +309,18 @@ def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> None:
         return instead(*args, **kwargs)
 
     module.forward = forward
+
+
+def _once(function: Callable[[DTensor], Tensor]) -> Callable[[DTensor], Tensor]:
+    """One result for a DTensor, however often it is met: what is returned twice is one tensor."""
+    made: dict[int, tuple[DTensor, Tensor]] = {}
+
+    def call(tensor: DTensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor, function(tensor)
+        return made[id(tensor)][1]
+
+    return call
 
 
 def difference(output: Any, expected: Any) -> float:

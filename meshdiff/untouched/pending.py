@@ -42,17 +42,17 @@ class Wait:
 
 
 class Pending:
-    """The DTensors of one call that wait for their rows.
+    """The DTensors that wait for their rows.
 
     Whoever looks at a DTensor, or writes to anything, asks before. All ranks
     run the same program and count references alike, so they agree on what waits.
 
-    Args:
+    Attributes:
         recorder: is told which line of the model moves them.
     """
 
-    def __init__(self, recorder: Recorder | None = None) -> None:
-        self.recorder = recorder
+    def __init__(self) -> None:
+        self.recorder: Recorder | None = None
         self._waiting: dict[int, Wait] = {}
         self._used: set[int] = set()  # ids of those that others were made of, so that nobody may want them any more
 

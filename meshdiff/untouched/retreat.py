@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -62,17 +64,17 @@ def _size(value: Any) -> int:
 def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any) -> None:
     """Raise on every rank if they were given different tensors, or hold different weights; a collective.
 
-    All values of the arguments are compared, and a few of each weight.
+    Of the arguments all values are compared, of each weight and buffer the sum of its bits.
 
     Raises:
         ValueError: that names the rank, and what to do.
     """
     given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    weights = [weight.detach().flatten()[:8] for weight in module.parameters() if not weight.is_meta]
-    facts = [_facts(given), _facts(weights)]
+    held = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
+    facts = [_facts(given, digest), _facts(held, _sum_of_bits)]
     ranks = from_every_rank(facts, mesh)
     if is_simulated():
-        ranks = [[_facts(given, rank), _facts(weights, rank)] for rank in range(mesh.size())]
+        ranks = [[_facts(given, digest, rank), _facts(held, _sum_of_bits, rank)] for rank in range(mesh.size())]
     for rank, found in enumerate(ranks):
         for what, own, first in zip(("inputs", "weights"), found, ranks[0], strict=True):
             if own != first:
@@ -82,9 +84,16 @@ def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any) -> None:
                 )
 
 
-def _facts(tensors: list[Tensor], rank: int = 0) -> list[tuple[Any, ...]]:
+def _facts(tensors: list[Tensor], name: Callable[[Tensor], Any], rank: int = 0) -> list[tuple[Any, ...]]:
     values = [held[min(rank, len(held) - 1)] for held in map(rank_values, tensors)]
-    return [(tuple(value.shape), value.dtype, digest(value)) for value in values]
+    return [(tuple(value.shape), value.dtype, name(value)) for value in values]
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Where the tensor is, in one pass: weights are large."""
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return int(values.contiguous().view(integers).sum(dtype=torch.int64))
 
 
 def agree_to_retreat(mesh: DeviceMesh, name: str, kind: str) -> None:

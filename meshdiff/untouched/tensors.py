@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,4 +122,9 @@ def _map(kind: type[Tensor], function: Callable[[Any], Any], value: Any) -> Any:
         return function(value) if isinstance(value, kind) else value
     if type(value) in (tuple, list):
         return type(value)([_map(kind, function, entry) for entry in value])
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, dict)):  # dicts, as of diffusers, pytree knows
+        made = copy.copy(value)
+        for name, entry in vars(value).items():
+            object.__setattr__(made, name, _map(kind, function, entry))
+        return made
     return tree_map_only(kind, function, value)
