@@ -19,7 +19,7 @@ from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
 from meshdiff.placements import SEQUENCE, WHOLE
 from meshdiff.simulation import is_simulated, rank_values
 
-__all__ = ["CHECK", "check_ranks", "describe", "digest", "placement", "plain_mask", "read"]
+__all__ = ["CHECK", "check_ranks", "describe", "digest", "is_checked", "placement", "plain_mask", "read"]
 
 CHECK = "MESHDIFF_CHECK"
 """The environment variable that makes every attention compare what its ranks hold."""
@@ -126,6 +126,11 @@ def _describe(tensor: Tensor) -> str:
     return f"{kind} plain"
 
 
+def is_checked() -> bool:
+    """Whether ranks are to compare what they were given, whatever that costs."""
+    return os.environ.get(CHECK, "0") not in ("", "0")
+
+
 def check_ranks(tensors: dict[str, Tensor | None], **settings: Any) -> None:
     """With `MESHDIFF_CHECK=1`, compare what ranks were given and raise on all of them where it does not fit.
 
@@ -137,7 +142,7 @@ def check_ranks(tensors: dict[str, Tensor | None], **settings: Any) -> None:
     Raises:
         ValueError: naming the tensor, the rank and the difference.
     """
-    if os.environ.get(CHECK, "0") in ("", "0") or torch.compiler.is_compiling():
+    if not is_checked() or torch.compiler.is_compiling():
         return
     meshes = [tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)]
     if not meshes or meshes[0].ndim != 1:

@@ -17,6 +17,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from meshdiff.agreement import is_of_collective
+from meshdiff.attention.checks import is_checked
 from meshdiff.attention.choice import AUTO
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import find_blocks, shard_tokens
@@ -144,11 +145,13 @@ class Parallelized:
             return self._forward(*args, **kwargs)
         signature = _signature(self.module, args, kwargs)
         if signature in self._settled:
+            if is_checked():
+                check_alike(self.mesh, self.module, (args, kwargs))
             try:
                 return self._call_once(False, args, kwargs)
-            except Unsafe:
-                self._settled.discard(signature)  # which finds out anew what can be shared out
-                raise
+            except Unsafe as error:
+                self._settled.discard(signature)
+                raise Unsafe(f"{error}; the next call will find out anew what can be shared out") from error
         check_alike(self.mesh, self.module, (args, kwargs))
         output = self._find_out(args, kwargs)
         self._settled.add(signature)
@@ -169,7 +172,7 @@ class Parallelized:
                     raise
                 before.check(error)
                 # No name twice: what ranks wrote under an old one would let a rank go on before the others.
-                agree_to_retreat(self.mesh, f"{self._name}/{next(self._retreats)}", kind)
+                agree_to_retreat(self.mesh, f"{self._name}/{next(self._retreats)}", kind, error)
                 self.whole[kind] = explain(error)
 
     def _call_once(self, new: bool, args: Any, kwargs: Any) -> Any:

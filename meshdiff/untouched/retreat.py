@@ -96,18 +96,21 @@ def _sum_of_bits(tensor: Tensor) -> int:
     return int(values.contiguous().view(integers).sum(dtype=torch.int64))
 
 
-def agree_to_retreat(mesh: DeviceMesh, name: str, kind: str) -> None:
+def agree_to_retreat(mesh: DeviceMesh, name: str, kind: str, error: Exception) -> None:
     """Wait until every rank is about to start again, without a collective: others may be in the middle of one.
 
     Raises:
-        RuntimeError: if they do not come, or for another reason.
+        RuntimeError: if they do not come, with what has ended the call here, or come for another reason.
     """
     if is_simulated() or mesh.size() == 1:
         return
     ranks = mesh.mesh.flatten().tolist()
     keys = {rank: f"meshdiff/retreat/{name}/{rank}" for rank in ranks}
     store().set(keys[dist.get_rank()], kind)
-    store().wait(list(keys.values()))
+    try:
+        store().wait(list(keys.values()))
+    except dist.DistStoreError:
+        raise RuntimeError(f"other ranks have gone another way; what ended the call here: {explain(error)}") from error
     kinds = {rank: store().get(key).decode() for rank, key in keys.items()}
     if set(kinds.values()) != {kind}:
         raise RuntimeError(f"ranks disagree about what cannot run on shards: {kinds}")

@@ -1,0 +1,173 @@
+"""What a model does from one call to the next, and what torch refuses: as on one device, in every call."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from untouched_cases import CHANNELS, values
+
+from meshdiff import Layout, init_mesh, parallelize, simulate
+from meshdiff.untouched.parallel import difference
+
+SEQ = 7
+
+
+class Tokens(nn.Module):
+    """Two blocks that do one thing to `hidden`, of which one layer was made."""
+
+    def __init__(self, body) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList([Block(body), Block(body)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+class Block(nn.Module):
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.attn_in, self.attn_out, self.body = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS), body
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.attn_out(self.body(self, hidden, self.attn_in(hidden)))
+
+
+def view_of_bits(block, x, y):
+    return y + (y > 0).float().view(torch.int32).float() / 1e9
+
+
+def operands_by_name(block, x, y):
+    return torch.add(y, other=x) + torch.mul(input=y, other=x) + torch.where(condition=x > 0, input=y, other=x)
+
+
+def written_to_what_is_given(block, x, y):
+    made = torch.empty_like(x)
+    torch.add(x, y, out=made)
+    return torch.mul(made, 0.5, out=made)
+
+
+def rows_until_there_are_none(block, x, y):
+    total = torch.zeros_like(x[:, 0])
+    for i in range(50):
+        try:
+            total = total + x[:, i] * (i + 1)
+        except IndexError:
+            break
+    return y + total.unsqueeze(1)
+
+
+def place_in_memory(block, x, y):
+    _, last = (y * 1).chunk(2, dim=0)
+    return y + last.storage_offset()
+
+
+def kept_from_the_last_call(block, x, y):
+    last, block.kept = getattr(block, "kept", y), (y * 2)[:, 2:5]
+    return y + last.mean(1, keepdim=True)
+
+
+def heads_without_a_transpose(block, x, y):
+    heads = y.unflatten(-1, (3, -1))
+    return F.scaled_dot_product_attention(heads, heads, heads).flatten(2)
+
+
+BODIES = [view_of_bits, operands_by_name, written_to_what_is_given, rows_until_there_are_none, place_in_memory,
+          kept_from_the_last_call, heads_without_a_transpose]  # fmt: skip
+
+
+CALLS = [torch.randn(2, SEQ, CHANNELS, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+"""What the calls of a test are given."""
+
+
+def on_mesh(ranks: int):
+    return init_mesh(Layout(cp=ranks), "cpu")["cp"]
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_call_is_that_of_one_device(body, ranks):
+    model = Tokens(body).requires_grad_(False)
+    alone, given = copy.deepcopy(model), CALLS
+    expected = [alone(hidden.clone()) for hidden in given]
+    with simulate(ranks):
+        parallel = parallelize(model, on_mesh(ranks))
+        for hidden, one in zip(given, expected, strict=True):
+            (found,) = values(parallel(hidden))
+            assert difference(found, one) <= 1e-5
+
+
+def test_an_error_in_between_leaves_nothing_half_done():
+    def body(block, x, y):
+        last, block.kept = getattr(block, "kept", y), (y * 2)[:, 2:5]
+        if block.fails:
+            raise KeyError("its own")
+        return y + last.mean(1, keepdim=True)
+
+    model, expected = Tokens(body).requires_grad_(False), []
+    alone = copy.deepcopy(model)
+    with simulate(2):
+        handles = [alone, parallelize(model, on_mesh(2))]
+        for i in range(5):
+            for one in (alone, model):
+                one.blocks[0].fails, one.blocks[1].fails = False, i == 2
+            for handle in handles:
+                try:
+                    expected.append(values(handle(CALLS[i].clone()))[0])
+                except KeyError:
+                    expected.append(torch.ones(1))
+            assert difference(expected.pop(), expected.pop()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda x: x.narrow(1, 3, 9),
+        lambda x: x.narrow(1, 20, 2),
+        lambda x: x[:, SEQ + 2],
+        lambda x: torch.cat([x, x], 4),
+        lambda x: torch.cat([x, x[:1]], 1),
+        lambda x: x.split(2, 4)[0],
+        lambda x: torch.view_as_real(x),
+        lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], torch.ones(1, 1, 1, SEQ).double()),
+    ],
+)
+def test_what_torch_refuses_is_refused(refused):
+    model = Tokens(lambda block, x, y: y + refused(y).mean()).requires_grad_(False)
+    with pytest.raises((RuntimeError, IndexError)) as alone:
+        model(CALLS[0].clone())
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        for _ in range(2):
+            with pytest.raises(type(alone.value)):
+                parallel(CALLS[0].clone())
+
+
+@dataclass
+class Output:
+    sample: Tensor
+    others: list[Tensor]
+
+
+class Several(Tokens):
+    def forward(self, hidden: Tensor) -> Output:
+        made = super().forward(hidden)
+        return Output(made, [made, made + 1])
+
+
+def test_outputs_are_plain_in_any_dataclass_and_one_tensor_is_one():
+    model = Several(lambda block, x, y: y).requires_grad_(False)
+    expected = model(CALLS[0].clone())
+    with simulate(2):
+        output = parallelize(model, on_mesh(2))(CALLS[0].clone())
+        assert output.sample is output.others[0]
+        found = [values(tensor)[0] for tensor in (output.sample, output.others[1])]
+    assert difference(found, [expected.sample, expected.others[1]]) <= 1e-5
