@@ -88,6 +88,13 @@ CALLS = [torch.randn(2, SEQ, CHANNELS, generator=torch.Generator().manual_seed(i
 """What the calls of a test are given."""
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    """What has been found out about operations is done again only without them."""
+    with torch.no_grad():
+        yield
+
+
 def on_mesh(ranks: int):
     return init_mesh(Layout(cp=ranks), "cpu")["cp"]
 
