@@ -7,6 +7,8 @@ before. What keeps that right and fast:
 - `blocks`: where tokens become shards.
 - `functions`: torch functions on shards; some are done here (`handlers`): `cuts` by exchanges of
   `rows`, and `layers`.
+- `pending`: rows that move only when somebody looks at them; `joins`, of which attention takes the parts.
+- `known`: what DTensor has found out about an operation, kept.
 - `guard`: which operations are known to be right on shards; all others run on whole tensors.
 - `aliases`: a write to what is a view on one device and a copy here is noticed before it happens.
 - `guidance`: the branches of a guided step at once, on the ranks of another mesh dim.

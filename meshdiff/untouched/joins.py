@@ -19,7 +19,7 @@ from meshdiff.attention import joint_attention
 from meshdiff.untouched.cuts import plain_index
 from meshdiff.untouched.known import POINTWISE, RESHAPES, described
 from meshdiff.untouched.rows import Piece
-from meshdiff.untouched.tensors import as_whole, dtensors, sharded_dim, to_plain
+from meshdiff.untouched.tensors import as_whole, dtensors, map_tensors, sharded_dim, to_plain
 
 if TYPE_CHECKING:
     from meshdiff.untouched.functions import OnShards
@@ -86,12 +86,13 @@ def by_parts(on: OnShards, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> bool:
     """Whether each part of the result comes of the same part of all joins, and of what is whole; without gradients."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(
+        leaf.requires_grad for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+    ):
         return False
     if len({(join.dim, join.sizes) for join in joins.values()}) != 1:
         return False
-    if any(id(t) not in joins and isinstance(t, DTensor) and not t.placements[0].is_replicate() for t in tensors):
+    if any(id(t) not in joins and not t.placements[0].is_replicate() for t in dtensors((args, kwargs))):
         return False
     if (func not in POINTWISE and func is not torch.stack) or func in CASTS:
         if not args or id(args[0]) not in joins:
@@ -120,7 +121,7 @@ def _of_part(joins: dict[int, Join], i: int, args: Any, kwargs: Any) -> Any:
         goes_along = tensor.ndim >= -join.dim and tensor.shape[join.dim] == total != 1
         return tensor.narrow(join.dim, start, join.sizes[i]) if goes_along else tensor
 
-    return tree_map_only(Tensor, part, (args, kwargs))
+    return map_tensors(Tensor, part, args), {name: map_tensors(Tensor, part, kwargs[name]) for name in kwargs}
 
 
 def _joined(on: OnShards, rows: tuple[DTensor, ...], outline: Tensor, sizes: tuple[int, ...]) -> DTensor | None:

@@ -23,6 +23,7 @@ __all__ = [
     "is_plainly_placed",
     "is_sharded",
     "map_dtensors",
+    "map_tensors",
     "own_copy",
     "settled",
     "sharded_dim",
@@ -64,7 +65,7 @@ def own_copy(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 def all_whole(value: Any, mesh: DeviceMesh) -> Any:
     """The same structure with every plain tensor `as_whole`."""
-    return _map(Tensor, lambda tensor: as_whole(tensor, mesh), value)
+    return map_tensors(Tensor, lambda tensor: as_whole(tensor, mesh), value)
 
 
 def to_shards(tensor: Tensor, mesh: DeviceMesh, dim: int) -> DTensor:
@@ -112,19 +113,20 @@ def dtensors(value: Any) -> Iterator[DTensor]:
 
 def map_dtensors(function: Callable[[DTensor], Any], value: Any) -> Any:
     """The same structure with every DTensor replaced."""
-    return _map(DTensor, function, value)
+    return map_tensors(DTensor, function, value)
 
 
-def _map(kind: type[Tensor], function: Callable[[Any], Any], value: Any) -> Any:
+def map_tensors(kind: type[Tensor], function: Callable[[Any], Any], value: Any) -> Any:
+    """The same structure with every tensor of a kind replaced."""
     if type(value) in LEAVES:
         return value
     if isinstance(value, Tensor):
         return function(value) if isinstance(value, kind) else value
     if type(value) in (tuple, list):
-        return type(value)([_map(kind, function, entry) for entry in value])
+        return type(value)([map_tensors(kind, function, entry) for entry in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, (type, dict)):  # dicts, as of diffusers, pytree knows
         made = copy.copy(value)
         for name, entry in vars(value).items():
-            object.__setattr__(made, name, _map(kind, function, entry))
+            object.__setattr__(made, name, map_tensors(kind, function, entry))
         return made
     return tree_map_only(kind, function, value)
