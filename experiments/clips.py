@@ -251,7 +251,7 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
     failures = Counter("failures")
     with started(config, layout, model) as pipeline, progress_bar(console) as progress:
         start, first = time.perf_counter(), is_first_rank(pipeline.mesh)
-        together = Together(progress, first, len(left), sum(ready[entry].steps for entry in left))
+        together = Together(progress, first, len(left), sum(ready[entry].steps or 1 for entry in left))
         with wandb_of_list(config, layout, out, first and bool(left)) as wandb_run:
             for item in take_turns(pipeline.mesh, len(left), Counter("next")):
                 entry = left[item]
@@ -285,7 +285,7 @@ def prepared(model: VideoModel, layout: Layout, entries: list[Entry]) -> tuple[d
 
 def work(model: VideoModel, request: Request) -> int:
     """How long a request takes, in no unit: tokens that go through the transformer."""
-    return math.prod(model.grid(request)) * request.steps * len(request.branches)
+    return math.prod(model.grid(request)) * (request.steps or 1) * len(request.branches)
 
 
 def begin_list(out: Path, config: Config, ready: dict[Entry, Request], refused: list[Record]) -> list[Entry]:

@@ -132,6 +132,16 @@ class Config:
             return self.open_model().branches(self.request)
         return len(self.request.branches)
 
+    def layout(self, world: int, requests: int) -> Layout:
+        """The layout of that many processes; raises `InputError` if there is none that the flags fit."""
+        try:
+            return Layout.resolve(world, self.branches, self.cfg, self.cp, self.dp, requests)
+        except InputError as error:
+            if self.model != "diffusers":
+                raise
+            needed = self.open_model().guidance_needs  # a scale that nobody gave explains nothing
+            raise InputError(error.source, error.problem.replace("guidance scale 1", needed)) from error
+
     def of_model(self) -> dict[str, object]:
         """What `RunMetrics` says of the model: all that a clip depends on besides its request."""
         return {
@@ -203,10 +213,14 @@ class Config:
         for flag, default in (("compile", False), ("shard_weights", False), ("low_memory", 0), ("simulate", False)):
             if getattr(self, flag) != default:
                 raise InputError(
-                    f"--{flag.replace('_', '-')}", "is not for --model diffusers, whose code is not touched"
+                    f"--{flag.replace('_', '-')}",
+                    "is not for --model diffusers, whose code is not touched; leave it out",
                 )
         if self.strategy == "hybrid":
-            raise InputError("--strategy hybrid", "is not for --model diffusers, whose heads are not known beforehand")
+            raise InputError(
+                "--strategy hybrid",
+                "is not for --model diffusers, whose heads are not known beforehand; leave it out, or name another",
+            )
 
 
 def parse(arguments: list[str]) -> Config:
@@ -293,7 +307,7 @@ def main(arguments: list[str]) -> int:
             text = None if config.prompts is None else read_list(config, is_first_rank())
             entries = None if text is None else read_requests(text, config.request)
             requests = 1 if entries is None else max(1, sum(entry.request is not None for entry in entries))
-            layout = Layout.resolve(world, config.branches, config.cfg, config.cp, config.dp, requests)
+            layout = config.layout(world, requests)
             if config.simulate and layout.dp > 1:
                 raise InputError("--dp", "replicas do different things, which one process cannot play; leave out --dp")
         if world == 1 and layout.world_size > 1 and not config.simulate:

@@ -3,6 +3,7 @@
 Every layout of 1, 2, 4, ... ranks:   python experiments/sweep.py
 Those that run.py would choose:       python experiments/sweep.py --world-sizes 1 8 --layouts auto
 Of Wan:                               python experiments/sweep.py --model wan --checkpoint FOLDER --frames 17 33
+Of a pipeline that makes clips:       python experiments/sweep.py --model diffusers --checkpoint FOLDER --frames 17
 Go on, or add sizes and repeats:      python experiments/sweep.py --out runs/sweep --resume --repeats 5
 
 A cell is a layout and a number of frames. Each measurement of a cell is a torchrun of run.py that makes one clip for
@@ -55,7 +56,7 @@ class Config:
     layouts: Literal["all", "auto"] = "all"
     """all: every dp x cfg x cp of as many ranks, by each strategy; auto: the one that run.py would choose."""
     strategies: tuple[Literal["ulysses", "ring", "gather", "hybrid"], ...] = ("ulysses", "ring", "gather", "hybrid")
-    """Of attention, for layouts that divide the sequence; those that do not fit the heads are left out."""
+    """Of attention, for layouts that divide the sequence; those that do not fit the model are left out."""
     frames: tuple[int, ...] = (8, 16)
     """Frames of the clips; a set of cells for each."""
     height: int | None = None
@@ -69,7 +70,8 @@ class Config:
     model: Literal["random", "digits", "wan", "diffusers"] = "random"
     """Embedded digits are too small a model to gain by more ranks; random weights can be of any size."""
     checkpoint: str | None = None
-    """Of --model wan. A small one: python experiments/make_tiny_wan.py --out tiny-wan"""
+    """Of --model wan, or of diffusers: a pipeline that makes clips. Small ones: python experiments/make_tiny_wan.py
+    --out tiny-wan, or python experiments/tiny_pipelines wan --out tiny-wan"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes GPUs if there are any."""
     run_flags: str = ""
@@ -201,8 +203,9 @@ def layouts_of(config: Config, size: int, branches: int) -> list[Layout]:
 
 
 def fits(model: VideoModel, alone: run.Config, layout: Layout, strategy: str) -> bool:
-    """Whether there is something for every rank to do."""
+    """Whether run.py takes it, and there is something for every rank to do."""
     try:
+        dataclasses.replace(alone, strategy=strategy).check()
         prepare_request(model, alone.request, layout)
         check_strategy(model, layout, strategy)
     except InputError:

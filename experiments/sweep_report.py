@@ -94,10 +94,11 @@ def layout_name(cell: Any) -> str:
 def machine(rows: Sequence[Row]) -> str:
     """Where and with what the rows were measured."""
     row = next(row for row in rows if row.status == "ok")
+    guidance = "" if row.guidance_scale is None else f", guidance {row.guidance_scale:g}"
     return (
         f"{row.device} ({row.places}), torch {row.torch_version}, {row.dtype}; model "
-        f"{' '.join(filter(None, (row.model, row.checkpoint, row.run_flags)))}, {row.height} x {row.width} pixels, "
-        f"guidance {row.guidance_scale:g}"
+        f"{' '.join(filter(None, (row.model, row.checkpoint, row.run_flags)))}, {row.height} x {row.width} pixels"
+        f"{guidance}"
     )
 
 
@@ -257,7 +258,7 @@ def plot_scaling(cells: pd.DataFrame) -> Figure:
         top.set_ylabel("speed-up")
         bottom.set_ylabel("efficiency, %")
         top.set_ylim(0)
-        bottom.set_ylim(0, 125)
+        bottom.set_ylim(0, max(125, 100 * (cells.fastest / cells.world_size).max() * 1.05))
         for axes in (top, bottom):
             _ranks_axis(axes, sizes)
     _legend(figure, grid)
@@ -324,7 +325,7 @@ def plot_layouts(cells: pd.DataFrame) -> Figure:
         for cell in best.itertuples():
             place = seconds.columns.get_loc(cell.cp), seconds.index.get_loc(cell.cfg)
             light = cell.seconds_per_step > 0.5 * seconds.max().max()
-            text = f"{cell.seconds_per_step:.2f} s{'*' * cell.oversubscribed}" + f"\n{cell.strategy}" * (cell.cp > 1)
+            text = f"{cell.seconds_per_step:.3g} s{'*' * cell.oversubscribed}" + f"\n{cell.strategy}" * (cell.cp > 1)
             axes.text(*place, text, ha="center", va="center", fontsize=9, color="white" if light else "black")
         figure.colorbar(image, ax=axes, label="s / step")
     return figure

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,15 +42,40 @@ def test_pipelines_on_real_ranks_make_the_same_images(ranks, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pipelines") / "tiny-flux"
-    PIPELINES["flux"]().save_pretrained(path)
+def folders(tmp_path_factory) -> Path:
+    """Pipelines, and what is left of one after this and that."""
+    path = tmp_path_factory.mktemp("pipelines")
+    for name in ("flux", "wan"):
+        PIPELINES[name]().save_pretrained(path / name)
+    for name, damage in DAMAGES.items():
+        shutil.copytree(path / "flux", path / name)
+        damage(path / name)
     return path
 
 
-def test_a_folder_is_run_like_any_other_model(folder, tmp_path):
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+DAMAGES = {
+    "bare": lambda folder: (folder / WEIGHTS).unlink(),
+    "cut": lambda folder: os.truncate(folder / WEIGHTS, 1000),
+    "garbled": lambda folder: (folder / "vae" / "config.json").write_text("{"),
+    "deeper": lambda folder: edit(folder / "transformer" / "config.json", num_layers=7),
+    "newer": lambda folder: edit(folder / "model_index.json", transformer=["diffusers", "StrangeModel"]),
+    "strange": lambda folder: edit(folder / "model_index.json", _class_name="Strange"),
+    "promptless": lambda folder: edit(folder / "model_index.json", _class_name="DDPMPipeline"),
+    "unnamed": lambda folder: (folder / "model_index.json").write_text("{}"),
+}
+AGAIN = r"cannot be read \(.*\); .*: download the folder again, or name another$"
+WHOLE = r"model_index.json cannot be read \(.*\); name the folder of a pipeline, as `hf download"
+TWO = r"this run has 1 guidance branch \(two need --true-cfg-scale above 1 and a --negative-prompt\); use --cfg 1$"
+
+
+def test_a_folder_is_run_like_any_other_model(folders, tmp_path):
     (tmp_path / "list.txt").write_text('a cat\n{"prompt": "a dog", "seed": 3, "guidance_scale": 2.0}\n{"frames": 4}\n')
-    flags = [*FLAGS, "--checkpoint", str(folder), "--prompts", str(tmp_path / "list.txt")]
+    flags = [*FLAGS, "--checkpoint", str(folders / "flux"), "--prompts", str(tmp_path / "list.txt")]
     assert main([*flags, "--cp", "1", "--cfg", "1", "--out", str(tmp_path / "one")]) == 1  # a line is bad
     assert main([*flags, "--cp", "2", "--cfg", "1", "--dp", "1", "--out", str(tmp_path / "two")]) == 1
     for name in ("0001-a-cat", "0002-a-dog"):
@@ -67,30 +95,46 @@ def test_a_folder_is_run_like_any_other_model(folder, tmp_path):
     assert (tmp_path / "two" / "0001-a-cat" / "metrics.json").stat().st_mtime_ns == before
 
 
+def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
+    (tmp_path / "list.txt").write_text("a cat\n")
+    flags = ["--model", "diffusers", "--wandb", "disabled", "--height", "16", "--width", "16"]
+    flags += ["--checkpoint", str(folders / "flux"), "--prompts", str(tmp_path / "list.txt")]
+    assert main([*flags, "--cp", "1", "--cfg", "1", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "0001-a-cat" / "metrics.json").read_text())["steps"] == 28
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "--checkpoint: is missing; name the folder of a pipeline"),
-        (["--checkpoint", "nowhere"], "--checkpoint: nowhere/model_index.json cannot be read"),
-        (["--checkpoint", "strange"], "--checkpoint: strange is a Strange, which diffusers"),
-        (["--checkpoint", "FLUX", "--compile"], "--compile: is not for --model diffusers"),
-        (["--checkpoint", "FLUX", "--shard-weights"], "--shard-weights: is not for --model diffusers"),
-        (["--checkpoint", "FLUX", "--strategy", "hybrid"], "--strategy hybrid: is not for --model diffusers"),
-        (["--checkpoint", "FLUX", "--frames", "9"], "--frames: is no option of a FluxPipeline"),
-        (["--checkpoint", "FLUX", "--shift", "3"], "--shift: is the pipeline's own"),
-        (["--checkpoint", "damaged"], "--checkpoint: damaged cannot be read"),
+        (["--checkpoint", "nowhere"], f"--checkpoint: nowhere/{WHOLE}"),
+        (["--checkpoint", "unnamed"], f"--checkpoint: unnamed/{WHOLE}"),
+        (["--checkpoint", "strange"], "--checkpoint: strange is a Strange, which diffusers .*; install one that has"),
+        (["--checkpoint", "promptless"], "--checkpoint: promptless is a .*, which takes no prompt; name the folder of"),
+        *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("bare", "cut", "garbled")),
+        *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("deeper", "newer")),
+        (["--checkpoint", "flux", "--compile"], "--compile: is not for --model diffusers, .*; leave it out$"),
+        (["--checkpoint", "flux", "--shard-weights"], "--shard-weights: is not for --model diffusers"),
+        (["--checkpoint", "flux", "--strategy", "hybrid"], "--strategy hybrid: is not for --model diffusers"),
+        (["--checkpoint", "flux", "--frames", "9"], "--frames: is no option of a FluxPipeline"),
+        (["--checkpoint", "flux", "--shift", "3"], "--shift: is the pipeline's own"),
+        (["--checkpoint", "flux", "--cfg", "2", "--true-cfg-scale", "4", "--negative-prompt", ""], f"--cfg 2: {TWO}"),
+        (
+            ["--checkpoint", "wan", "--cfg", "2", "--guidance-scale", "1"],
+            "--cfg 2: .*two need --guidance-scale above 1",
+        ),
+        (
+            ["--checkpoint", "wan", "--height", "50"],
+            "--height, --width: a WanPipeline refuses it: --height and --width have to be divisible by 16 but are 50 ",
+        ),
     ],
 )
-def test_bad_input_is_one_line(flags, message, folder, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    for name, kind in (("strange", "Strange"), ("damaged", "FluxPipeline")):
-        Path(name).mkdir()
-        Path(name, "model_index.json").write_text(
-            json.dumps({"_class_name": kind, "vae": ["diffusers", "AutoencoderKL"]})
-        )
-    code = main([*FLAGS, *(str(folder) if flag == "FLUX" else flag for flag in flags)])
+def test_bad_input_is_one_line(flags, message, folders, monkeypatch, capfd):
+    monkeypatch.chdir(folders)
+    before = sorted(folders.iterdir())
+    code = main([*FLAGS, *flags])
     error = capfd.readouterr().err.splitlines()
     assert code == 2
-    assert [line for line in error if line.startswith("--")][-1].startswith(message)
+    assert re.match(message, [line for line in error if line.startswith("--")][-1])
     assert not any("Traceback" in line for line in error)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "strange"]
+    assert sorted(folders.iterdir()) == before

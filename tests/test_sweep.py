@@ -61,6 +61,12 @@ def test_a_layout_that_leaves_ranks_without_tokens_is_no_cell(monkeypatch):
     assert layouts(config, monkeypatch) == {f"{name}-2-frames" for name in names}
 
 
+def test_what_run_py_refuses_is_no_cell(monkeypatch, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    found = layouts(Config(model="diffusers", checkpoint=str(tmp_path), world_sizes=(4,), frames=(9,)), monkeypatch)
+    assert {name.split("-")[3] for name in found if "cfg1-cp4" in name} == {"ulysses", "ring", "gather"}
+
+
 def row(layout: Layout, seconds: float, repeat: int = 0, **changes) -> Row:
     sizes = {"dp": layout.dp, "cfg": layout.cfg, "cp": layout.cp, "world_size": layout.world_size}
     strategy = "ulysses" if layout.cp > 1 else "auto"
@@ -132,6 +138,9 @@ def test_tables_say_where_it_was_measured_and_what_was_shared():
     assert "### Data parallelism" in text
     assert "### CFG parallelism" not in text  # it failed
     assert sweep_report.SHARED in text
+    assert "64 x 64 pixels, guidance 4." in text
+    unsaid = sweep_report.tables([replace(row, guidance_scale=None) for row in ROWS])  # as the pipeline has it
+    assert "64 x 64 pixels. Sampling" in unsaid
 
 
 def test_plots_are_drawn(tmp_path):

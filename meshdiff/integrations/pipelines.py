@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import diffusers
@@ -32,6 +34,14 @@ from meshdiff.request import Request
 __all__ = ["DiffusersModel", "DiffusersRequest", "DiffusersRun"]
 
 INDEX = "model_index.json"
+
+WHOLE = (
+    "name the folder of a pipeline, as `hf download ID --local-dir FOLDER` or `DiffusionPipeline.save_pretrained` "
+    "makes it"
+)
+
+NUMBERS = ("frames", "height", "width", "steps", "guidance_scale", "true_cfg_scale")
+"""Options of a request that a pipeline may have."""
 
 NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
 """What pipelines call an option that has another name here."""
@@ -85,12 +95,15 @@ class DiffusersModel:
             self.kind = json.loads((self.folder / INDEX).read_text())["_class_name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{self.folder / INDEX} cannot be read ({' '.join(str(error).split())})"
-            raise InputError("--checkpoint", f"{reason}; name a folder in diffusers' layout") from error
+            raise InputError("--checkpoint", f"{reason}; {WHOLE}") from error
         if not isinstance(getattr(diffusers, str(self.kind), None), type):
-            version = diffusers.__version__
-            raise InputError("--checkpoint", f"{self.folder} is a {self.kind}, which diffusers {version} does not have")
+            unknown = f"{self.folder} is a {self.kind}, which diffusers {diffusers.__version__} does not have"
+            raise InputError("--checkpoint", f"{unknown}; install one that has it, or name another folder")
         if "prompt" not in self.options:
-            raise InputError("--checkpoint", f"{self.folder} is a {self.kind}, which takes no prompt")
+            raise InputError(
+                "--checkpoint",
+                f"{self.folder} is a {self.kind}, which takes no prompt; name the folder of a pipeline that does",
+            )
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -98,9 +111,30 @@ class DiffusersModel:
         parameters = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
         return {name: parameter.default for name, parameter in parameters.items()}
 
+    @property
+    def guided_by(self) -> str:
+        """The option that guidance is asked for with."""
+        return "true_cfg_scale" if "true_cfg_scale" in self.options else "guidance_scale"
+
+    @property
+    def guidance_needs(self) -> str:
+        """What it takes to have two branches of guidance."""
+        if self.guided_by not in self.options:
+            return f"a {self.kind} has no guidance"
+        also = " and a --negative-prompt" * (self.guided_by == "true_cfg_scale")
+        return f"two need {_flag(self.guided_by)} above 1{also}"
+
+    def unreadable(self, reason: str) -> InputError:
+        """What to do about a folder that lacks something, or holds something that is damaged."""
+        return InputError(
+            "--checkpoint",
+            f"{self.folder} cannot be read ({reason.rstrip('.')}); a file is missing, damaged, or not of diffusers "
+            f"{diffusers.__version__}: download the folder again, or name another",
+        )
+
     def branches(self, request: DiffusersRequest) -> int:
         """How many branches of guidance a step has."""
-        name = "true_cfg_scale" if "true_cfg_scale" in self.options else "guidance_scale"
+        name = self.guided_by
         scale = getattr(request, name)
         scale = self.options.get(name) if scale is None else scale
         wanted = name == "guidance_scale" or bool(request.negative_prompt)
@@ -109,14 +143,14 @@ class DiffusersModel:
     def prepare(self, request: Request) -> Request:
         if not isinstance(request, DiffusersRequest):
             raise TypeError(f"DiffusersModel takes a DiffusersRequest, not a {type(request).__name__}")
-        for name in ("frames", "height", "width", "steps", "guidance_scale", "true_cfg_scale"):
+        for name in NUMBERS:
             if getattr(request, name) is not None and NAMES.get(name, name) not in self.options:
-                raise InputError(f"--{name.replace('_', '-')}", f"is no option of a {self.kind}; leave it out")
+                raise InputError(_flag(name), f"is no option of a {self.kind}; leave it out")
         if request.negative_prompt and "negative_prompt" not in self.options:
             raise InputError("--negative-prompt", f"is no option of a {self.kind}; leave it out")
         if request.shift is not None:
             raise InputError("--shift", "is the pipeline's own; leave it out")
-        return request
+        return replace(request, steps=request.steps or self.options.get(NAMES["steps"]))
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """At least as many tokens as the pipeline makes of it: sizes are its own affair."""
@@ -125,9 +159,17 @@ class DiffusersModel:
 
     def arguments(self, request: DiffusersRequest) -> dict[str, Any]:
         """What the request says, in the pipeline's words."""
-        given = {name: getattr(request, name) for name in ("prompt", "negative_prompt", "frames", "height", "width")}
-        given |= {name: getattr(request, name) for name in ("steps", "guidance_scale", "true_cfg_scale")}
+        given = {name: getattr(request, name) for name in ("prompt", "negative_prompt", *NUMBERS)}
         return {NAMES.get(name, name): value for name, value in given.items() if value not in (None, "")}
+
+    def refusal(self, request: DiffusersRequest, error: ValueError) -> InputError:
+        """What the pipeline says against a request, with the flags where it names its options."""
+        words, named = " ".join(str(error).split()), []
+        for name in NUMBERS:
+            words, found = re.subn(rf"`?\b{NAMES.get(name, name)}\b`?", _flag(name), words, flags=re.IGNORECASE)
+            if found and getattr(request, name) is not None:
+                named.append(_flag(name))
+        return InputError(", ".join(named) or "--model diffusers", f"a {self.kind} refuses it: {words}")
 
     def run(self, mesh: DeviceMesh, dtype: torch.dtype, strategy: str) -> DiffusersRun:
         """The pipeline, loaded, its transformers on the mesh."""
@@ -158,14 +200,17 @@ class DiffusersRun:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of whichever library reads a part
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise InputError("--checkpoint", f"{model.folder} cannot be read ({reason})") from error
-        self.pipeline.to(mesh.device_type)
+            reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+            raise model.unreadable(reason) from error
+        try:
+            self.pipeline.to(mesh.device_type)
+        except NotImplementedError as error:  # what no file has is left without memory
+            raise model.unreadable("it has no weights for some of its layers") from error
         self.pipeline.set_progress_bar_config(disable=True)
         try:
             self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy)
         except ValueError as error:
-            raise InputError("--checkpoint", str(error)) from error
+            raise InputError("--checkpoint", f"{error}; name the folder of a pipeline that has one") from error
 
     def generate(
         self,
@@ -189,7 +234,7 @@ class DiffusersRun:
         try:
             output = self.pipeline(**arguments, generator=generator, output_type="pt", return_dict=False)[0]
         except ValueError as error:  # sizes it has no use for, say; before anything is sent
-            raise InputError(self.model.kind, " ".join(str(error).split())) from error
+            raise self.model.refusal(request, error) from error
         clip = output[0] if output[0].ndim == 4 else output[:1]
         return clip.float() * 2 - 1
 
@@ -198,6 +243,10 @@ class DiffusersRun:
         """The request with the sizes that the pipeline chose."""
         frames, _, height, width = clip.shape
         return replace(request, frames=frames, height=height, width=width)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _told(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
