@@ -195,7 +195,9 @@ def test_a_call_that_cannot_start_again_says_so_and_the_next_one_is_right():
 
 def test_ranks_meet_under_a_new_name_each_time_a_call_starts_again(monkeypatch):
     names: list[str] = []
-    monkeypatch.setattr(meshdiff.untouched.parallel, "agree_to_retreat", lambda mesh, name, kind: names.append(name))
+    monkeypatch.setattr(
+        meshdiff.untouched.parallel, "agree_to_retreat", lambda mesh, name, kind, error: names.append(name)
+    )
     model, given = Model("view of a copy").requires_grad_(False), inputs()
     with simulate(2):
         parallel = parallelize(model, on_mesh(2))

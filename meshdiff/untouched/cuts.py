@@ -38,11 +38,19 @@ def _cat(on: OnShards, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -
         return NotImplemented
     dim %= ndim
     if {sharded_dim(tensor) for tensor in tensors} - {None} != {dim}:
-        return NotImplemented
+        return _cat_of_some(on, tensors, dim)
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     sources = [as_whole(tensor if tensor.dtype == dtype else tensor.to(dtype), on.mesh) for tensor in tensors]
     pieces = [Piece(i, 0, tensor.shape[dim]) for i, tensor in enumerate(tensors)]
     return on.rearrange(sources, [pieces], dim)[0]
+
+
+def _cat_of_some(on: OnShards, tensors: Sequence[Tensor], dim: int) -> Any:
+    """Along another dim, without those that are empty, of which DTensor knows nothing."""
+    some = [tensor for tensor in tensors if tensor.shape[dim]]
+    if not 0 < len(some) < len(tensors) or len({tensor.dtype for tensor in tensors}) > 1:
+        return NotImplemented
+    return on.run(torch.cat, (some, dim), {}) if len(some) > 1 else on.run(torch.clone, (some[0],), {})
 
 
 def _cut(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple[DTensor, ...]:

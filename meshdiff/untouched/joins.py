@@ -126,6 +126,8 @@ def _of_part(joins: dict[int, Join], i: int, args: Any, kwargs: Any) -> Any:
 
 def _joined(on: OnShards, rows: tuple[DTensor, ...], outline: Tensor, sizes: tuple[int, ...]) -> DTensor | None:
     """The join of results; None if they are no rows of what the function makes of the whole."""
+    if not all(isinstance(own, DTensor) for own in rows):  # it ran on whole tensors
+        return None
     dims = {own.placements[0].dim for own in rows if isinstance(own.placements[0], Shard)}
     if len(dims) != 1 or not all(own.placements[0].is_replicate() or sharded_dim(own) is not None for own in rows):
         return None

@@ -146,9 +146,9 @@ class Pending:
 
 
 def _merged(rows: Sequence[Rows]) -> list[Rows]:
-    """Rows that follow each other in one source as one."""
+    """Rows that follow each other in one source as one, without those that are none."""
     merged: list[Rows] = []
-    for own in rows:
+    for own in (own for own in rows if own.start < own.stop):
         last = merged[-1] if merged else None
         if last is not None and last.source is own.source and (own.source is None or last.stop == own.start):
             merged[-1] = Rows(last.source, last.start, last.stop + own.stop - own.start)

@@ -78,6 +78,8 @@ def to_plain(tensor: DTensor) -> Tensor:
 
     It lies in memory as on one device, where that has no gaps: whether a reshape is a view depends on it.
     """
+    if not tensor.numel() and not tensor.requires_grad:
+        return tensor.to_local().new_empty(tensor.shape)
     plain = tensor.redistribute(placements=[Replicate()]).to_local()
     order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride()[dim])
     if not _is_dense(tensor, order) or _is_dense(plain, order):
