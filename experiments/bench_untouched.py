@@ -38,10 +38,12 @@ from wan_sides import Case, divide_theirs, inputs, randomize, reference
 
 from meshdiff import CommsCounter, Layout, init_mesh
 from meshdiff.agreement import from_every_rank
+from meshdiff.integrations.diffusers import parallelize as parallelize_guided
 from meshdiff.launch import end_process, start_ranks
 from meshdiff.untouched import parallelize
 
 OURS, THEIRS, ALONE = "meshdiff.parallelize", "diffusers' Ulysses", "one rank, the others idle"
+GUIDED = "guidance"
 LIMIT = "diffusers' Ulysses, nothing sent"
 BOUND = 1e-5
 WHAT_IS_TIMED = f"""\
@@ -55,8 +57,9 @@ Sent: by one rank in one forward, collectives of both together with what they mo
 class Config:
     """Time meshdiff.parallelize and diffusers' Ulysses side by side, and compare what they return."""
 
-    models: tuple[Literal["wan", "flux"], ...] = ("wan", "flux")
-    """Which to measure, a table each: Wan attends to a text apart, FLUX to image and text together."""
+    models: tuple[Literal["wan", "flux", "guidance"], ...] = ("wan", "flux", "guidance")
+    """Which to measure, a table each: Wan attends to a text apart, FLUX to image and text together; guidance calls Wan
+    twice, as a guided step does, on --cfg 2."""
     ranks: int = 2
     """Processes, with a CPU thread each; diffusers' Ulysses needs heads and tokens that they divide."""
     rounds: int = 9
@@ -77,8 +80,8 @@ class Config:
     """Blocks of FLUX, with two streams and with one."""
     image: tuple[int, int] = (40, 48)
     """Rows and columns of FLUX's image tokens."""
-    worker: str | None = None
-    """For the ranks that this script starts: where to write what they measured."""
+    worker: tuple[str, str] | None = None
+    """For the ranks that this script starts: what to measure, and where to write it."""
 
     @property
     def dim(self) -> int:
@@ -94,7 +97,7 @@ class Config:
     def lengths(self) -> dict[str, int]:
         """What diffusers' Ulysses divides, by flag."""
         found = {"--heads": self.heads}
-        if "wan" in self.models:
+        if "wan" in self.models and self.ranks > 1:
             found["tokens of --latents"] = self.wan.tokens
         if "flux" in self.models:  # its text is tokens, too
             found |= {"tokens of --image": self.image[0] * self.image[1], "--text": self.text}
@@ -169,6 +172,23 @@ def sides(config: Config, name: str, mesh: DeviceMesh) -> dict[str, Callable[[],
     return {OURS: call(ours), THEIRS: of_theirs, LIMIT: without_sending(of_theirs), ALONE: call(alone)}
 
 
+def guided_sides(config: Config, mesh: DeviceMesh) -> dict[str, Callable[[], Any]]:
+    """A guided step: two calls with other texts, and the sum that guidance makes of them."""
+    alone, given = wan(config)
+    ours = with_same_weights(alone)
+    parallelize_guided(ours, mesh)
+    other = {**given, "encoder_hidden_states": given["encoder_hidden_states"].flip(1)}
+
+    def step(model: nn.Module) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            conditioned, unconditioned = (model(**one, return_dict=False)[0] for one in (given, other))
+            return unconditioned + 5.0 * (conditioned - unconditioned)
+
+        return run
+
+    return {OURS: step(ours), ALONE: step(alone)}
+
+
 def sent(call: Callable[[], Any], mesh: DeviceMesh) -> tuple[str, int]:
     """Collectives of a call in words, and their bytes together."""
     with CommsCounter(mesh) as comms:
@@ -184,27 +204,28 @@ def sent(call: Callable[[], Any], mesh: DeviceMesh) -> tuple[str, int]:
 
 def measure(config: Config, name: str, mesh: DeviceMesh) -> dict[str, Any]:
     """Errors, seconds in each round, and what was sent; runs on every rank."""
-    running = sides(config, name, mesh)
+    running = guided_sides(config, mesh) if name == GUIDED else sides(config, name, mesh["cp"])
     expected = running[ALONE]()
-    errors = {}
-    for side in (OURS, THEIRS):
+    errors, compared = {}, [side for side in running if side in (OURS, THEIRS)]
+    for side in compared:
         # The second call of parallelize is the first that goes as all others do.
         found = max(float((running[side]() - expected).norm() / expected.norm()) for _ in range(2))
         errors[side] = max(from_every_rank(found))
-    comms = {side: sent(running[side], mesh) for side in (OURS, THEIRS)}
+    comms = {side: sent(running[side], mesh) for side in compared}
     if dist.get_rank():
         running[ALONE] = lambda: None
     return {"errors": errors, "seconds": interleaved(running, config.rounds, "cpu"), "sent": comms}
 
 
 def title(config: Config, name: str) -> str:
-    if name == "wan":
+    if name != "flux":
         shape = f"Wan: {config.wan_blocks} blocks, ffn {config.wan_ffn}, {config.wan.tokens} tokens, text {config.text}"
     else:
         double, single = config.flux_blocks
         tokens = config.image[0] * config.image[1]
         shape = f"FLUX: {double} + {single} blocks, {tokens} image tokens, text {config.text}"
-    return f"{shape}, width {config.heads} x {config.head_dim}, float32, {config.ranks} ranks"
+    layout = "a guided step on --cfg 2" if name == GUIDED else f"{config.ranks} ranks"
+    return f"{shape}, width {config.heads} x {config.head_dim}, float32, {layout}"
 
 
 def table(config: Config, name: str, outcome: dict[str, Any]) -> Table:
@@ -218,7 +239,7 @@ def table(config: Config, name: str, outcome: dict[str, Any]) -> Table:
         result.add_row(
             side,
             f"{statistics.median(taken) * 1e3:.1f}",
-            "" if side == THEIRS else ratios(taken, seconds[THEIRS]),
+            "" if side == THEIRS or THEIRS not in seconds else ratios(taken, seconds[THEIRS]),
             "" if side == ALONE else ratios(seconds[ALONE], taken),
             collectives,
             f"{nbytes / 1e6:.2f}" if nbytes else "",
@@ -245,14 +266,15 @@ def main(config: Config) -> None:
         f"torch {version('torch')}, diffusers {version('diffusers')}, {processor()}, "
         f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}; {date.today()}.\n{WHAT_IS_TIMED}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        result = str(Path(folder) / "result.json")
-        code = start_ranks(config.ranks, os.path.abspath(__file__), [*sys.argv[1:], "--worker", result])
-        if code:
-            raise SystemExit(code)
-        outcomes = json.loads(Path(result).read_text())
     wrong = []
-    for name, outcome in outcomes.items():
+    for name in config.models:
+        with tempfile.TemporaryDirectory() as folder:
+            result = str(Path(folder) / "result.json")
+            ranks = 2 if name == GUIDED else config.ranks
+            code = start_ranks(ranks, os.path.abspath(__file__), [*sys.argv[1:], "--worker", name, result])
+            if code:
+                raise SystemExit(code)
+            outcome = json.loads(Path(result).read_text())
         console.print(table(config, name, outcome))
         wrong += [f"{name}, {side}: {e:.1e}" for side, e in outcome["errors"].items() if not e <= BOUND]
     if wrong:
@@ -266,10 +288,10 @@ if __name__ == "__main__":
         main(parsed)
     else:
         torch.set_num_threads(1)
-        cp = init_mesh(Layout(1, parsed.ranks), "cpu")["cp"]
+        what, file = parsed.worker
         with torch.no_grad():
-            measured = {name: measure(parsed, name, cp) for name in parsed.models}
+            measured = measure(parsed, what, init_mesh(Layout(2) if what == GUIDED else Layout(1, parsed.ranks), "cpu"))
         if dist.get_rank() == 0:
-            Path(parsed.worker).write_text(json.dumps(measured))
+            Path(file).write_text(json.dumps(measured))
         dist.destroy_process_group()
         end_process(0)
