@@ -78,11 +78,15 @@ def parallelize(
             )
     else:
         modules = {type(model).__name__: model}
-    models, guidance = {}, {}
-    for name, module in modules.items():
-        if "cp" in names:
-            along_cp = mesh["cp"] if mesh.ndim > 1 else mesh
-            models[name] = parallelize_module(module, along_cp, strategy=strategy, verify=verify)
-        if "cfg" in names:
-            guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
-    return Parallel(models, guidance)
+    parallel = Parallel({}, {})
+    try:
+        for name, module in modules.items():
+            if "cp" in names:
+                along_cp = mesh["cp"] if mesh.ndim > 1 else mesh
+                parallel.models[name] = parallelize_module(module, along_cp, strategy=strategy, verify=verify)
+            if "cfg" in names:
+                parallel.guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
+    except Exception:
+        parallel.remove()  # a pipeline is on the mesh as a whole, or not at all
+        raise
+    return parallel

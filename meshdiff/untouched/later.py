@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from meshdiff.simulation import outside
+
 __all__ = ["Later", "LaterTensor"]
 
 
@@ -29,6 +31,11 @@ class Later:
     def sample(self) -> Tensor:
         """What most models of diffusers call their output."""
         return LaterTensor(lambda: self._look().sample)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What `isinstance` asks: whether the output is a tuple, say, only the output can tell."""
+        return type(self._look())
 
     def __iter__(self) -> Any:
         return iter(self._look())
@@ -52,11 +59,20 @@ class LaterTensor(Tensor):
     @staticmethod
     def __new__(cls, look: Callable[[], Tensor]) -> LaterTensor:
         # Torch asks the tensor itself for nothing: all questions come by `__torch_function__`.
-        tensor = Tensor._make_subclass(cls, torch.empty(0))
+        with outside():
+            tensor = Tensor._make_subclass(cls, torch.empty(0))
         tensor._look = look
         return tensor
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(LaterTensor, lambda later: later._look(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(LaterTensor, _looked, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _looked(later: LaterTensor) -> Tensor:
+    try:
+        return later._look()
+    except TypeError as error:
+        # Python takes it for an operand that is not supported, and says that instead.
+        raise RuntimeError(f"the call that was to compute this tensor failed: {error}") from error
