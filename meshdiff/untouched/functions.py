@@ -135,7 +135,7 @@ class OnShards(TorchFunctionMode):
         """On whole tensors, on every rank alike; what is written to them is written to the shards as well."""
         name = _name(func)
         sharded = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, DTensor)}
-        if any(map(is_sharded, sharded.values())):
+        if any(is_sharded(tensor) and tensor.numel() for tensor in sharded.values()):
             self.on_gather(name, why)
         copies = {key: to_plain(tensor) for key, tensor in sharded.items()}
         versions = {key: copy._version for key, copy in copies.items()}
