@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from meshdiff.attention import joint_attention
 from meshdiff.untouched.cuts import plain_index
-from meshdiff.untouched.known import POINTWISE, RESHAPES, described
+from meshdiff.untouched.known import POINTWISE, RESHAPES
 from meshdiff.untouched.rows import Piece
 from meshdiff.untouched.tensors import as_whole, dtensors, map_tensors, sharded_dim, to_plain
 
@@ -55,7 +55,7 @@ def by_parts(on: OnShards, func: Any, args: Any, kwargs: Any) -> Any:
     joins = {id(tensor): join for tensor in dtensors((args, kwargs)) if (join := join_of(on, tensor)) is not None}
     if not joins or not _goes_by_rows(func, args, kwargs, joins):
         return NotImplemented
-    outlines = _outlines(on, func, args, kwargs)
+    outlines = on.known.outlines(func, args, kwargs)
     if outlines is None:
         return NotImplemented
     join = next(iter(joins.values()))
@@ -137,22 +137,6 @@ def _joined(on: OnShards, rows: tuple[DTensor, ...], outline: Tensor, sizes: tup
         return None
     pieces = [Piece(i, 0, size) for i, size in enumerate(sizes)]
     return on.pending.rearrange(rows, [pieces], dim, outline.stride())[0]
-
-
-def _outlines(on: OnShards, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
-    """What one device would make of the whole, without its values: shapes and strides."""
-    key = described(func, args, kwargs)
-    if key is None:
-        return None
-    if key not in on.known.outlines:
-
-        def outline(tensor: Tensor) -> Tensor:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-        own_args, own_kwargs = tree_map_only(Tensor, outline, (args, kwargs))
-        result = func(*own_args, **own_kwargs)
-        on.known.outlines[key] = list(result) if isinstance(result, (tuple, list)) else [result]
-    return on.known.outlines[key]
 
 
 def attention_of_joins(

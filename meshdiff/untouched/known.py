@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.utils._pytree import tree_map_only
 
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.tensors import LEAVES, sharded_dim
 
-__all__ = ["POINTWISE", "REORDERS", "RESHAPES", "Key", "Known", "Result", "described"]
+__all__ = ["POINTWISE", "RESHAPES", "Key", "Known", "Result"]
 
 _NAMES = ("add", "sub", "mul", "div", "neg", "abs", "pow", "exp", "sin", "cos", "tanh", "sigmoid", "sqrt", "rsqrt")
 POINTWISE = {getattr(where, name) for where in (torch, Tensor) for name in _NAMES}
@@ -68,8 +69,7 @@ class Known:
 
     def __init__(self) -> None:
         self._results: dict[Key, Result | None] = {}
-        self.outlines: dict[Key, list[Tensor]] = {}
-        """What functions make of whole tensors, without the values."""
+        self._outlines: dict[Key, list[Tensor]] = {}
 
     def get(self, key: Key) -> Result | None:
         return self._results.get(key)
@@ -77,9 +77,20 @@ class Known:
     def learn(self, key: Key, func: Any, args: Any, result: Any) -> None:
         """Keep what DTensor has made of an operation; None for what it is to be asked about every time."""
         if key not in self._results:
-            if len(self._results) >= MOST:
-                self._results.clear()
+            _make_room(self._results)
             self._results[key] = _learnt(func, args, result)
+
+    def outlines(self, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
+        """What one device would make of whole tensors, without the values: shapes and strides; None if not known."""
+        key = described(func, args, kwargs)
+        if key is None:
+            return None
+        if key not in self._outlines:
+            own_args, own_kwargs = tree_map_only(Tensor, _outline, (args, kwargs))
+            result = func(*own_args, **own_kwargs)
+            _make_room(self._outlines)
+            self._outlines[key] = list(result) if isinstance(result, (tuple, list)) else [result]
+        return self._outlines[key]
 
     @staticmethod
     def key(func: Any, args: Any, kwargs: Any) -> Key | None:
@@ -94,6 +105,15 @@ class Known:
         if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
             return None
         return described(func, args, kwargs)
+
+
+def _make_room(found: dict[Key, Any]) -> None:
+    if len(found) >= MOST:
+        found.clear()
+
+
+def _outline(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def described(func: Any, args: Any, kwargs: Any) -> Key | None:
