@@ -121,8 +121,7 @@ class OnShards(TorchFunctionMode):
         return self.gathered(func, args, kwargs, why)
 
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
-        # A call that is recorded is one that finds out what runs how, operation by operation.
-        key = None if torch.is_grad_enabled() or self.recorder is not None else self.known.key(func, args, kwargs)
+        key = self.known.key(func, args, kwargs) if self._does_again() else None
         if key is not None and (result := self.known.get(key)) is not None:
             return result.again(func, args, kwargs)
         args, kwargs = all_whole(args, self.mesh), {name: all_whole(kwargs[name], self.mesh) for name in kwargs}
@@ -130,6 +129,11 @@ class OnShards(TorchFunctionMode):
         if key is not None:
             self.known.learn(key, func, args, made)
         return made
+
+    def _does_again(self) -> bool:
+        """Whether what is known decides all: gradients and autocast have a say, and a recorded call finds out."""
+        autocast = torch.is_autocast_enabled(self.mesh.device_type)
+        return self.recorder is None and not autocast and not torch.is_grad_enabled()
 
     def gathered(self, func: Any, args: Any, kwargs: Any, why: str) -> Any:
         """On whole tensors, on every rank alike; what is written to them is written to the shards as well."""
