@@ -134,13 +134,10 @@ class Config:
 
     def layout(self, world: int, requests: int) -> Layout:
         """The layout of that many processes; raises `InputError` if there is none that the flags fit."""
-        try:
-            return Layout.resolve(world, self.branches, self.cfg, self.cp, self.dp, requests)
-        except InputError as error:
-            if self.model != "diffusers":
-                raise
-            needed = self.open_model().guidance_needs  # a scale that nobody gave explains nothing
-            raise InputError(error.source, error.problem.replace("guidance scale 1", needed)) from error
+        asked = (world, self.branches, self.cfg, self.cp, self.dp, requests)
+        if self.model != "diffusers":
+            return Layout.resolve(*asked)
+        return Layout.resolve(*asked, unguided=self.open_model().guidance_needs)
 
     def of_model(self) -> dict[str, object]:
         """What `RunMetrics` says of the model: all that a clip depends on besides its request."""

@@ -120,6 +120,7 @@ class Layout:
         cp: int | None = None,
         dp: int | None = None,
         requests: int = 1,
+        unguided: str = "guidance scale 1",
     ) -> Layout:
         """The layout for what a person asked for: what they left out follows from the world.
 
@@ -131,6 +132,7 @@ class Layout:
             branches: guidance branches of a step; 1 without guidance.
             cfg, cp, dp: the sizes asked for; None to choose.
             requests: how many there are to do.
+            unguided: why there is but one branch, or what it takes to have two.
 
         Raises:
             InputError: if no layout of that world fits, with a command that does.
@@ -150,7 +152,7 @@ class Layout:
             raise InputError(
                 f"--cfg {layout.cfg}{follows}",
                 f"this run has {branches} guidance branch{'es' if branches > 1 else ''}"
-                f"{'' if branches > 1 else ' (guidance scale 1)'}; use --cfg {branches}",
+                f"{'' if branches > 1 else f' ({unguided})'}; use --cfg {branches}",
             )
         if world_size not in (1, layout.world_size):
             asked = ((CP, cp), (CFG, cfg), (DP, dp if dp > 1 else None))
