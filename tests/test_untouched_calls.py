@@ -158,7 +158,7 @@ def test_what_torch_refuses_is_refused(refused):
                 parallel(CALLS[0].clone())
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Output:
     sample: Tensor
     others: list[Tensor]

@@ -128,7 +128,8 @@ def map_tensors(kind: type[Tensor], function: Callable[[Any], Any], value: Any) 
         return type(value)([map_tensors(kind, function, entry) for entry in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, (type, dict)):  # dicts, as of diffusers, pytree knows
         made = copy.copy(value)
-        for name, entry in vars(value).items():
-            object.__setattr__(made, name, map_tensors(kind, function, entry))
+        for field in dataclasses.fields(value):
+            entry = getattr(value, field.name)
+            object.__setattr__(made, field.name, map_tensors(kind, function, entry))  # frozen ones, too
         return made
     return tree_map_only(kind, function, value)
