@@ -97,7 +97,7 @@ class Config:
     def lengths(self) -> dict[str, int]:
         """What diffusers' Ulysses divides, by flag."""
         found = {"--heads": self.heads}
-        if "wan" in self.models and self.ranks > 1:
+        if "wan" in self.models:
             found["tokens of --latents"] = self.wan.tokens
         if "flux" in self.models:  # its text is tokens, too
             found |= {"tokens of --image": self.image[0] * self.image[1], "--text": self.text}

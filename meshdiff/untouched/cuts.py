@@ -55,7 +55,7 @@ def _cat_of_some(on: OnShards, tensors: Sequence[Tensor], dim: int) -> Any:
 
 def _cut(on: OnShards, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple[DTensor, ...]:
     """Consecutive parts of the sharded dim."""
-    bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    bounds = itertools.accumulate(sizes, initial=0)
     parts = on.rearrange([tensor], [[Piece(0, a, b)] for a, b in itertools.pairwise(bounds)], dim, views=True)
     on.viewed(tensor, *parts)
     return tuple(parts)

@@ -108,7 +108,7 @@ class Guard(TorchDispatchMode):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """While operations run that are right by construction, each of which would cost more than a small one takes."""
+        """While operations run that are right by construction: to look at one takes longer than a small one runs."""
         if _get_current_dispatch_mode() is not self:  # another one, which has to see them, would go too
             yield
             return

@@ -28,8 +28,8 @@ __all__ = ["BY_PARTS", "attention_of_joins", "by_parts"]
 
 CASTS = {Tensor.float, Tensor.type_as, Tensor.to}
 UNBINDS = {Tensor.unbind, torch.unbind}
-REORDERS = {Tensor.permute, Tensor.transpose, torch.permute, torch.transpose, *UNBINDS}
-BY_PARTS = POINTWISE | RESHAPES | REORDERS | {torch.stack, Tensor.__getitem__}
+VIEWS = RESHAPES | {Tensor.permute, Tensor.transpose, torch.permute, torch.transpose, Tensor.__getitem__, *UNBINDS}
+BY_PARTS = POINTWISE | VIEWS | {torch.stack}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def by_parts(on: OnShards, func: Any, args: Any, kwargs: Any) -> Any:
     results = [_joined(on, own, outline, join.sizes) for own, outline in zip(rows, outlines, strict=True)]
     if any(result is None for result in results):
         return NotImplemented
-    if func in RESHAPES or func in REORDERS or func is Tensor.__getitem__:
+    if func in VIEWS:
         on.viewed(args[0], *(result for result in results if result is not None))
     return results[0] if several is None else several(results)
 
@@ -94,7 +94,7 @@ def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> 
         return False
     if any(id(t) not in joins and not t.placements[0].is_replicate() for t in dtensors((args, kwargs))):
         return False
-    if (func not in POINTWISE and func is not torch.stack) or func in CASTS:
+    if func in VIEWS or func in CASTS:
         if not args or id(args[0]) not in joins:
             return False
         if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):
