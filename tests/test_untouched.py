@@ -223,6 +223,24 @@ def test_ranks_with_other_inputs_or_weights_are_told():
             parallel(**given)
 
 
+def test_ranks_that_part_later_are_told_when_all_is_checked(monkeypatch):
+    model, given = Model().requires_grad_(False), inputs()
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        parallel(**given)
+        apart = torch.randn(*given["hidden_states"].shape, generator=torch.Generator().manual_seed(0))
+        monkeypatch.setenv("MESHDIFF_CHECK", "1")
+        with pytest.raises(ValueError, match="other inputs on rank 1"):
+            parallel(apart, given["text"])
+        parallel(**given)
+        last = torch.zeros(CHANNELS, CHANNELS)
+        last[-1, -1] = 1
+        out = model.attention_blocks[1].out
+        out.weight = torch.nn.Parameter(out.weight + apart[0, 0, 0] * last, False)
+        with pytest.raises(ValueError, match="other weights on rank 1"):
+            parallel(**given)
+
+
 def test_verify_finds_a_rank_that_does_something_else(monkeypatch):
     real = meshdiff.untouched.pending.move
 
