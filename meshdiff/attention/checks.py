@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,22 +78,37 @@ def read(
             "[batch, seq, heads, head_dim] with query Shard(1), and key and value both Shard(1) or both Replicate()",
             f"use .redistribute(placements=[Shard(1)]), or, {TRANSPOSE}",
         )
-    mesh, keys = query.device_mesh, key.shape[1]
-    problem = Problem(
+    mesh = query.device_mesh
+    problem = _problem(mesh, id(mesh), query.shape, key.shape[1], key.shape[2], query.dtype, is_causal, scale)
+    if placements[1] == SEQUENCE:
+        choose_strategy(problem, strategy)
+    return problem
+
+
+@lru_cache(maxsize=1024)
+def _problem(
+    mesh: DeviceMesh,
+    _same: int,
+    query: torch.Size,
+    keys: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+    is_causal: bool,
+    scale: float | None,
+) -> Problem:
+    """`_same` is the mesh's id: meshes of different process groups are equal to each other."""
+    return Problem(
         mesh=mesh,
-        batch=query.shape[0],
-        heads=query.shape[2],
-        kv_heads=key.shape[2],
-        head_dim=query.shape[3],
-        dtype=query.dtype,
-        queries=tuple((own,) for own in chunk_ranges(query.shape[1], mesh.size())),
+        batch=query[0],
+        heads=query[2],
+        kv_heads=kv_heads,
+        head_dim=query[3],
+        dtype=dtype,
+        queries=tuple((own,) for own in chunk_ranges(query[1], mesh.size())),
         keys=tuple((own,) for own in chunk_ranges(keys, mesh.size())),
         is_causal=is_causal,
         scale=scale,
     )
-    if placements[1] == SEQUENCE:
-        choose_strategy(problem, strategy)
-    return problem
 
 
 def placement(tensor: Tensor) -> Placement | None:

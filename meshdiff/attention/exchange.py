@@ -7,8 +7,10 @@ value one after the other. This is the one place where the transition happens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,9 +18,34 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshdiff.attention.problem import Tokens
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["Exchange", "heads_to_sequence", "sequence_to_heads"]
+__all__ = ["Exchange", "all_to_all", "heads_to_sequence", "sequence_to_heads"]
+
+
+def all_to_all(buffer: Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], mesh: DeviceMesh) -> Tensor:
+    """What the other ranks of a 1-D mesh sent, one after the other; not differentiable.
+
+    The operations that torch's functional collectives are made of. What is
+    around them there, for graphs that are compiled, takes four times as long.
+
+    Args:
+        buffer: 1-D, what this rank sends to each, one after the other.
+        output_sizes, input_sizes: elements for this rank from each, and from it to each.
+    """
+    if torch.compiler.is_compiling():
+        received = funcol.all_to_all_single(buffer, list(output_sizes), list(input_sizes), mesh)
+        return funcol.wait_tensor(received)
+    ops, name = torch.ops._c10d_functional, _group_name(mesh, id(mesh))
+    received = ops.all_to_all_single.default(buffer, list(output_sizes), list(input_sizes), name)
+    return ops.wait_tensor.default(received)
+
+
+@lru_cache(maxsize=64)
+def _group_name(mesh: DeviceMesh, _same: int) -> str:
+    """`_same` is the mesh's id: meshes of different process groups are equal to each other."""
+    return mesh.get_group().group_name
 
 
 @dataclass(frozen=True)
@@ -32,12 +59,19 @@ class Exchange:
         heads: for each tensor, the heads of each rank. Ranges may overlap: a
             head of key and value that several ranks need goes to each of them.
         group: which of the lists is this rank's.
+        order: where the tokens of each rank are among all, if not those of one rank after those of another.
     """
 
     mesh: DeviceMesh
     tokens: tuple[tuple[int, ...], ...]
     heads: tuple[tuple[range, ...], ...]
     group: int = 0
+    order: tuple[Tokens, ...] | None = None
+
+    def places(self, group: int) -> tuple[Tokens, ...]:
+        """Where the tokens of each rank of a group are among all of it."""
+        tokens = self.tokens[group]
+        return self.order or tuple((range(end - n, end),) for end, n in zip(accumulate(tokens), tokens, strict=True))
 
 
 def sequence_to_heads(exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
@@ -49,7 +83,7 @@ def sequence_to_heads(exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]
         shards: this rank's `[batch, own seq, heads, head_dim]` of each tensor.
 
     Returns:
-        `[batch, seq, own heads, head_dim]` of each tensor, the tokens in the order of ranks.
+        `[batch, seq, own heads, head_dim]` of each tensor, the tokens in the order of ranks or as `order` says.
     """
     return _SequenceToHeads.apply(exchange, *shards)
 
@@ -69,13 +103,13 @@ class _SequenceToHeads(torch.autograd.Function):
         ctx.exchange = exchange
         mesh, group, rank = exchange.mesh, exchange.group, exchange.mesh.get_local_rank()
         unit = shards[0].shape[0] * shards[0].shape[3]
-        received = funcol.all_to_all_single(
+        received = all_to_all(
             _pack_tokens(exchange, rank, *shards),
-            output_split_sizes=_sizes(exchange, unit, group, rank, by_tokens=True, own=False),
-            input_split_sizes=_sizes(exchange, unit, group, rank, by_tokens=False, own=False),
-            group=mesh,
+            _sizes(exchange, unit, group, rank, by_tokens=True, own=False),
+            _sizes(exchange, unit, group, rank, by_tokens=False, own=False),
+            mesh,
         )
-        return _unpack_tokens(funcol.wait_tensor(received), exchange, group, rank, *shards)
+        return _unpack_tokens(received, exchange, group, rank, *shards)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -88,13 +122,13 @@ class _HeadsToSequence(torch.autograd.Function):
         ctx.exchange = exchange
         mesh, group, rank = exchange.mesh, exchange.group, exchange.mesh.get_local_rank()
         batch, _, _, head_dim = shards[0].shape
-        received = funcol.all_to_all_single(
-            _pack_heads(*shards),
-            output_split_sizes=_sizes(exchange, batch * head_dim, group, rank, by_tokens=False),
-            input_split_sizes=_sizes(exchange, batch * head_dim, group, rank, by_tokens=True),
-            group=mesh,
+        received = all_to_all(
+            _pack_heads(exchange, *shards),
+            _sizes(exchange, batch * head_dim, group, rank, by_tokens=False),
+            _sizes(exchange, batch * head_dim, group, rank, by_tokens=True),
+            mesh,
         )
-        return _unpack_heads(funcol.wait_tensor(received), exchange, group, rank, batch, head_dim)
+        return _unpack_heads(received, exchange, group, rank, batch, head_dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -120,7 +154,7 @@ def _sizes(exchange: Exchange, unit: int, group: int, rank: int, *, by_tokens: b
 def _pack_tokens(exchange: Exchange, rank: int, *shards: Tensor) -> Tensor:
     """Own tokens, for each other rank those of its heads."""
     parts = [
-        shard[:, :, ranges[other].start : ranges[other].stop].transpose(1, 2)
+        shard.narrow(2, ranges[other].start, len(ranges[other])).transpose(1, 2)
         for other in range(exchange.mesh.size())
         for ranges, shard in zip(exchange.heads, shards, strict=True)
         if other != rank
@@ -133,7 +167,7 @@ def _pack_tokens(exchange: Exchange, rank: int, *shards: Tensor) -> Tensor:
 
 @on_each_rank
 def _unpack_tokens(received: Tensor, exchange: Exchange, group: int, rank: int, *shards: Tensor) -> tuple[Tensor, ...]:
-    """`[batch, seq, own heads, head_dim]`, the tokens in the order of ranks."""
+    """`[batch, seq, own heads, head_dim]`, the tokens where they belong."""
     tokens, (batch, _, _, head_dim) = exchange.tokens[group], shards[0].shape
     heads = [ranges[rank] for ranges in exchange.heads]
     others = [(other, i) for other in range(len(tokens)) if other != rank for i in range(len(shards))]
@@ -142,9 +176,14 @@ def _unpack_tokens(received: Tensor, exchange: Exchange, group: int, rank: int, 
     whole = []
     for i, (own, shard) in enumerate(zip(heads, shards, strict=True)):
         tensor = shard.new_empty(batch, len(own), sum(tokens), head_dim)
-        for other, place in enumerate(tensor.split(list(tokens), dim=2)):
-            kept = shard[:, :, own.start : own.stop].transpose(1, 2)
-            place.copy_(kept if other == rank else arrived[other, i].view(place.shape))
+        for other, places in enumerate(exchange.places(group)):
+            if other == rank:
+                rows = shard.narrow(2, own.start, len(own)).transpose(1, 2)
+            else:
+                rows = arrived[other, i].view(batch, len(own), tokens[other], head_dim)
+            parts = rows.split([len(place) for place in places], dim=2) if len(places) > 1 else [rows]
+            for place, part in zip(places, parts, strict=True):
+                tensor.narrow(2, place.start, len(place)).copy_(part)
         whole.append(tensor.transpose(1, 2))
     return tuple(whole)
 
@@ -154,9 +193,12 @@ def _unpack_tokens(received: Tensor, exchange: Exchange, group: int, rank: int, 
 
 
 @on_each_rank
-def _pack_heads(*shards: Tensor) -> Tensor:
-    """Own heads of all tokens: the tokens of each rank follow each other as they are."""
+def _pack_heads(exchange: Exchange, *shards: Tensor) -> Tensor:
+    """Own heads of all tokens, those of one rank after those of another."""
     rows = [shard.transpose(0, 1) for shard in shards]
+    if exchange.order is not None:
+        places = [place for places in exchange.order for place in places]
+        rows = [torch.cat([tensor[place.start : place.stop] for place in places]) for tensor in rows]
     return (torch.cat(rows, dim=2) if len(rows) > 1 else rows[0].contiguous()).view(-1)
 
 

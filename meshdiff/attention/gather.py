@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshdiff.attention.blocks import wide
+from meshdiff.attention.exchange import all_to_all
 from meshdiff.attention.local import attend_rows, in_order, out_of_order
 from meshdiff.attention.problem import Problem, count
 from meshdiff.simulation import on_each_rank
@@ -54,13 +55,12 @@ class _Gather(torch.autograd.Function):
         problem, rank = ctx.problem, ctx.problem.mesh.get_local_rank()
         shape = gradients[0].shape
         unit = 2 * shape[0] * shape[2] * shape[3]
-        received = funcol.all_to_all_single(
+        received = all_to_all(
             _pack_gradients(problem, *gradients),
-            output_split_sizes=_own_size(problem, unit, rank),
-            input_split_sizes=[unit * count(tokens) for tokens in problem.keys],
-            group=problem.mesh,
+            _own_size(problem, unit, rank),
+            [unit * count(tokens) for tokens in problem.keys],
+            problem.mesh,
         )
-        received = funcol.wait_tensor(received)
         return None, None, *_sum_gradients(received, problem, rank, shape[0], shape[2], shape[3], ctx.dtype)
 
 

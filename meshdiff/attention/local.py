@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "contiguous_stride",
     "from_shard",
     "in_order",
+    "is_in_order",
     "out_of_order",
     "scaled_dot_product_attention",
     "to_shard",
@@ -96,9 +98,14 @@ def both(mask: Tensor | None, seen: Tensor | bool) -> Tensor | None:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
 
 
+def is_in_order(tokens: Iterable[range]) -> bool:
+    """Whether positions go up."""
+    return all(one.stop <= other.start for one, other in pairwise(filter(len, tokens)))
+
+
 def in_order(tensor: Tensor, tokens: Tokens) -> Tensor:
     """`[batch, seq, ...]` held in the order `tokens`, in the order of the sequence."""
-    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
+    if is_in_order(tokens):
         return tensor
     pieces = tensor.split([len(own) for own in tokens], dim=1)
     return torch.cat([pieces[i] for i in sorted(range(len(tokens)), key=lambda i: tokens[i].start)], dim=1)
@@ -106,7 +113,7 @@ def in_order(tensor: Tensor, tokens: Tokens) -> Tensor:
 
 def out_of_order(tensor: Tensor, tokens: Tokens) -> Tensor:
     """`[batch, seq, ...]` in the order of the sequence, in the order `tokens`."""
-    if all(one.stop <= other.start for one, other in pairwise(filter(len, tokens))):
+    if is_in_order(tokens):
         return tensor
     return torch.cat([tensor[:, own.start : own.stop] for own in tokens], dim=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 
 import torch
@@ -44,7 +45,7 @@ class Problem:
 
     @property
     def ranks(self) -> int:
-        return self.mesh.size()
+        return len(self.queries)
 
     @property
     def group(self) -> int:
@@ -85,6 +86,7 @@ def chunk_sizes(length: int, chunks: int) -> list[int]:
     return [max(0, min(size, length - i * size)) for i in range(chunks)]
 
 
+@lru_cache(maxsize=4096)
 def chunk_ranges(length: int, chunks: int, start: int = 0) -> tuple[range, ...]:
     """The same as ranges of positions, the first of which is `start`.
 

@@ -13,15 +13,16 @@ heads wait.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
-from meshdiff.attention.local import in_order, out_of_order, scaled_dot_product_attention
+from meshdiff.attention.local import in_order, is_in_order, out_of_order, scaled_dot_product_attention
 from meshdiff.attention.masks import part
-from meshdiff.attention.problem import Problem, count
+from meshdiff.attention.problem import Problem, Tokens, count
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["ulysses"]
@@ -29,33 +30,41 @@ __all__ = ["ulysses"]
 
 def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
-    mesh, rank = problem.mesh, problem.mesh.get_local_rank()
+    rank = problem.mesh.get_local_rank()
     if problem.ranks == 1:
-        return _attend(problem, rank, query, key, value, mask)
-    heads, key_heads = problem.query_heads(problem.ranks), problem.key_heads(problem.ranks)
-    queries, keys = (tuple(map(count, tokens)) for tokens in (problem.queries, problem.keys))
-    if queries == keys:
-        query, key, value = sequence_to_heads(
-            Exchange(mesh, (queries,), (heads, key_heads, key_heads)), query, key, value
-        )
+        (queries,), (keys,) = problem.queries, problem.keys
+        query, key, value = in_order(query, queries), in_order(key, keys), in_order(value, keys)
+        return out_of_order(_attend(problem, rank, query, key, value, mask), queries)
+    of_queries, of_keys, of_all = _exchanges(problem)
+    if of_all is not None:
+        query, key, value = sequence_to_heads(of_all, query, key, value)
     else:
-        (query,) = sequence_to_heads(Exchange(mesh, (queries,), (heads,)), query)
-        key, value = sequence_to_heads(Exchange(mesh, (keys,), (key_heads, key_heads)), key, value)
+        (query,) = sequence_to_heads(of_queries, query)
+        key, value = sequence_to_heads(of_keys, key, value)
     attended = _attend(problem, rank, query, key, value, mask)
-    return heads_to_sequence(Exchange(mesh, (queries,), (heads,)), attended)[0]
+    return heads_to_sequence(of_queries, attended)[0]
+
+
+@lru_cache(maxsize=1024)
+def _exchanges(problem: Problem) -> tuple[Exchange, Exchange, Exchange | None]:
+    """Of query, of key and value, and of all three where they have the same tokens."""
+
+    def exchange(tokens: tuple[Tokens, ...], *heads: tuple[range, ...]) -> Exchange:
+        order = None if is_in_order(chain.from_iterable(tokens)) else tokens
+        return Exchange(problem.mesh, (tuple(map(count, tokens)),), heads, order=order)
+
+    own, of_keys = problem.query_heads(problem.ranks), problem.key_heads(problem.ranks)
+    together = exchange(problem.queries, own, of_keys, of_keys) if problem.queries == problem.keys else None
+    return exchange(problem.queries, own), exchange(problem.keys, of_keys, of_keys), together
 
 
 @on_each_rank
 def _attend(problem: Problem, rank: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of a rank's heads, whose tokens are in the order of ranks before and after."""
+    """Attention of a rank's heads, whose tokens are in the order of the sequence."""
     own, of_keys = problem.query_heads(problem.ranks)[rank], problem.key_heads(problem.ranks)[rank]
-    queries, keys = (tuple(chain.from_iterable(tokens)) for tokens in (problem.queries, problem.keys))
-    key, value = (_for_queries(problem, own, of_keys, in_order(tensor, keys)) for tensor in (key, value))
+    key, value = (_for_queries(problem, own, of_keys, tensor) for tensor in (key, value))
     rows = None if mask is None else part(mask, own, None, None)
-    attended = scaled_dot_product_attention(
-        in_order(query, queries), key, value, rows, problem.is_causal, problem.scale
-    )
-    return out_of_order(attended, queries)
+    return scaled_dot_product_attention(query, key, value, rows, problem.is_causal, problem.scale)
 
 
 def _for_queries(problem: Problem, own: range, of_keys: range, tensor: Tensor) -> Tensor:

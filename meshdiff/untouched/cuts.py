@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.placements import WHOLE
+from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.handlers import Handlers, by_shard
 from meshdiff.untouched.rows import Piece
 from meshdiff.untouched.tensors import as_whole, sharded_dim, to_plain
@@ -160,7 +161,7 @@ def _setitem(on: OnShards, tensor: Tensor, index: Any, value: Any) -> Any:
     (start, stop), dim = plain.entry, plain.dim
     length = tensor.shape[dim]
     if (start, stop) == (0, length):
-        return NotImplemented
+        return _write_to_own_rows(on, tensor, plain, value)
     written_to = (*tensor.shape[:dim], stop - start, *tensor.shape[dim + 1 :])
     if (
         tuple(value.shape) != written_to
@@ -176,6 +177,31 @@ def _setitem(on: OnShards, tensor: Tensor, index: Any, value: Any) -> Any:
     (written,) = on.rearrange([tensor, source], [[piece for piece in pieces if len(piece)]], dim)
     tensor.copy_(written)
     return None
+
+
+def _write_to_own_rows(on: OnShards, tensor: Tensor, index: PlainIndex, value: Tensor) -> Any:
+    """Each rank writes to all of its rows what it has for them; to begin with, DTensor says whether this is right."""
+    own = sharded_dim(value)
+    if not on.does_again() or any(not isinstance(entry, slice) for entry in index.others):
+        return NotImplemented
+    if own is None or own - value.ndim != index.dim - tensor.ndim or value.shape[own] != tensor.shape[index.dim]:
+        return NotImplemented
+    on.look_at(tensor, value)
+    on.settle()  # rows that wait for what is there now
+    if on.aliases.copies(tensor):
+        return NotImplemented
+    assert isinstance(tensor, DTensor)
+    assert isinstance(value, DTensor)
+    with on.unguarded():
+        _write_each(tensor.to_local(), index.index, value.to_local())
+    on.aliases.writes += 1
+    torch.autograd.graph.increment_version(tensor)
+    return None
+
+
+@on_each_rank
+def _write_each(own: Tensor, index: tuple[Any, ...], value: Tensor) -> None:
+    own[index] = value
 
 
 class PlainIndex:

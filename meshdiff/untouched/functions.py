@@ -22,7 +22,7 @@ from meshdiff.untouched.aliases import Aliases, memory
 from meshdiff.untouched.guard import Guard, NotOnShards, Unsafe
 from meshdiff.untouched.handlers import Handlers
 from meshdiff.untouched.joins import BY_PARTS, by_parts
-from meshdiff.untouched.known import Known
+from meshdiff.untouched.known import KNOWABLE, Known
 from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.rows import Piece, rearrange
@@ -76,6 +76,11 @@ class OnShards(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in DESCRIPTIONS:
             return func(*args, **kwargs)
+        key = None
+        if func in KNOWABLE and self.does_again() and not self._waits(args):
+            key = self.known.key(func, args, kwargs)
+            if key is not None and (known := self.known.get(key)) is not None:
+                return known.again(func, args, kwargs)
         if getattr(func, "__self__", None) is Tensor.data:
             if func.__name__ != "__get__":
                 raise Unsafe("data is given to a tensor, which no operation shows")
@@ -101,8 +106,13 @@ class OnShards(TorchFunctionMode):
             finally:
                 self.exchanging -= 1
             if result is not NotImplemented:
+                if key is not None and handler in layers.ROW_BY_ROW:
+                    self.known.learn(key, func, args, result)
                 return result
         return self.run(func, args, kwargs)
+
+    def _waits(self, values: Any) -> bool:
+        return bool(self.pending) and any(tensor in self.pending for tensor in dtensors(values))
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """By DTensor's rules if they are known to be right, else on whole tensors."""
@@ -121,7 +131,7 @@ class OnShards(TorchFunctionMode):
         return self.gathered(func, args, kwargs, why)
 
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
-        key = self.known.key(func, args, kwargs) if self._does_again() else None
+        key = self.known.key(func, args, kwargs) if self.does_again() else None
         if key is not None and (result := self.known.get(key)) is not None:
             return result.again(func, args, kwargs)
         args, kwargs = all_whole(args, self.mesh), {name: all_whole(kwargs[name], self.mesh) for name in kwargs}
@@ -130,7 +140,7 @@ class OnShards(TorchFunctionMode):
             self.known.learn(key, func, args, made)
         return made
 
-    def _does_again(self) -> bool:
+    def does_again(self) -> bool:
         """Whether what is known decides all: gradients and autocast have a say, and a recorded call finds out."""
         autocast = torch.is_autocast_enabled(self.mesh.device_type)
         return self.recorder is None and not autocast and not torch.is_grad_enabled()

@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
 from meshdiff.attention import joint_attention
+from meshdiff.attention.local import contiguous_stride
 from meshdiff.untouched.cuts import plain_index
 from meshdiff.untouched.known import POINTWISE, RESHAPES
 from meshdiff.untouched.rows import Piece
-from meshdiff.untouched.tensors import as_whole, dtensors, map_tensors, sharded_dim, to_plain
+from meshdiff.untouched.tensors import dtensors, map_tensors, sharded_dim, swapped, to_plain
 
 if TYPE_CHECKING:
     from meshdiff.untouched.functions import OnShards
@@ -157,12 +158,17 @@ def attention_of_joins(
         on.pending.use(tensor)
     with on.unguarded():
         (q1, q2), (k1, k2), (v1, v2) = (
-            [part.redistribute(placements=[Shard(2)]).transpose(1, 2) for part in join.parts] for join in joins
+            [
+                swapped(part if part.placements[0] == Shard(2) else part.redistribute(placements=[Shard(2)]))
+                for part in join.parts
+            ]
+            for join in joins
         )
         second, first = joint_attention(
             (q2, k2, v2), (q1, k1, v1), attn_mask=mask, is_causal=is_causal, scale=scale, strategy=on.strategy
         )
-        rows = [as_whole(part.transpose(1, 2), on.mesh) for part in (first, second)]
+        rows = [swapped(part) for part in (first, second)]
         batch, heads, seq, head_dim = query.shape
-        stride = torch.empty(batch, seq, heads, head_dim, device="meta").transpose(1, 2).stride()
+        of_batch, of_seq, of_head, _ = contiguous_stride(torch.Size((batch, seq, heads, head_dim)))
+        stride = of_batch, of_head, of_seq, 1
         return on.pending.rearrange(rows, [[Piece(i, 0, size) for i, size in enumerate(sizes)]], 2, stride)[0]

@@ -4,7 +4,8 @@ To take operands apart, decide about placements and divide what is whole costs
 DTensor as much as thousands of multiplications, each time. The operations here
 need nothing of other ranks; what comes of one is decided by the function, the
 shapes and placements of its operands, and its other arguments: the first time
-DTensor says of what shape, stride and placement the result is.
+DTensor says of what shape, stride and placement the result is. Around an
+operation that is done again there is little more than making that DTensor.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from meshdiff.attention.problem import chunk_ranges
@@ -25,16 +27,23 @@ from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.tensors import LEAVES, sharded_dim
 
-__all__ = ["POINTWISE", "RESHAPES", "Key", "Known", "Result"]
+__all__ = ["KNOWABLE", "POINTWISE", "RESHAPES", "Key", "Known", "Result", "unseen"]
 
 _NAMES = ("add", "sub", "mul", "div", "neg", "abs", "pow", "exp", "sin", "cos", "tanh", "sigmoid", "sqrt", "rsqrt")
 POINTWISE = {getattr(where, name) for where in (torch, Tensor) for name in _NAMES}
 POINTWISE |= {torch.where, F.gelu, Tensor.float, Tensor.type_as, Tensor.to}
+ROW_BY_ROW = {F.linear, F.layer_norm, F.rms_norm, torch.rms_norm}
 WRITES_IF_ASKED = {F.silu, F.relu}
 RESHAPES = {Tensor.unflatten, Tensor.view, Tensor.reshape, torch.reshape, Tensor.unsqueeze, torch.unsqueeze,
             Tensor.flatten, torch.flatten, Tensor.squeeze, torch.squeeze}  # fmt: skip
 REORDERS = {Tensor.permute, Tensor.transpose, torch.permute, torch.transpose, Tensor.unbind, torch.unbind,
-            Tensor.chunk, torch.chunk, Tensor.split, torch.split}  # fmt: skip
+            Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.__getitem__}  # fmt: skip
+KNOWABLE = POINTWISE | ROW_BY_ROW | WRITES_IF_ASKED | RESHAPES | REORDERS | {torch.empty_like, F.dropout}
+"""None of them writes to what it is given, the way in which they are asked for here."""
+
+PLAIN = {Tensor, Parameter}
+"""Whose operations nobody but torch itself has a say in."""
+
 MOST = 4096
 
 Key = tuple[Any, ...]
@@ -42,26 +51,48 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Result:
-    """What comes of an operation: one DTensor, or several of a tuple or list."""
+    """What comes of an operation: one DTensor, or several of a tuple or list; none if it is its first operand."""
 
     specs: tuple[DTensorSpec, ...]
     several: type | None
     divided: tuple[int | None, ...]
-    """Of each operand that is whole, the dim of which a rank takes its rows."""
+    """Of each operand that is whole, the dim of which a rank takes its rows; nothing if there is no such operand."""
+    rows: tuple[int, int, int, int] = (0, 0, 1, 0)
+    """The sharded dim of the first result, its length, how many ranks share it and which this one is."""
 
     def again(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result, for operands of the same key; nothing is sent."""
-        spec = self.specs[0]
-        own = [arg.to_local() if isinstance(arg, DTensor) else arg for arg in args]
-        if func in RESHAPES:
-            made: Any = _reshaped(own[0], spec.shape, *_rows(spec))
-        elif any(dim is not None for dim in self.divided):
-            made = _on_own_rows(func, kwargs, self.divided, *_rows(spec), *own)
+        if not self.specs:
+            return args[0]
+        own = [arg.to_local() if type(arg) is DTensor else arg for arg in args]
+        if _seen_by_others() or not all(map(_is_plain, (*own, *kwargs.values()))):
+            made = self._of_own(func, own, kwargs)
         else:
-            made = _on_shards(func, kwargs, *own)
+            with unseen():
+                made = self._of_own(func, own, kwargs)
         if self.several is None:
-            return DTensor(made, spec, requires_grad=False)
+            return DTensor(made, self.specs[0], requires_grad=False)
         return self.several(DTensor(part, one, requires_grad=False) for part, one in zip(made, self.specs, strict=True))
+
+    def _of_own(self, func: Any, own: list[Any], kwargs: Any) -> Any:
+        if func in RESHAPES:
+            return _reshaped(own[0], self.specs[0].shape, *self.rows)
+        if self.divided:
+            return _on_own_rows(func, kwargs, self.divided, *self.rows, *own)
+        return _on_shards(func, kwargs, *own)
+
+
+unseen = torch._C._DisableTorchDispatch
+"""While operations run that are right by construction, on plain tensors: to have the guard look at one takes longer."""
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in PLAIN or not isinstance(value, Tensor)
+
+
+def _seen_by_others() -> bool:
+    """Whether there are other modes than the guard, such as a counter of FLOPs, or of simulated ranks."""
+    return torch._C._len_torch_dispatch_stack() != 1
 
 
 class Known:
@@ -95,12 +126,14 @@ class Known:
     @staticmethod
     def key(func: Any, args: Any, kwargs: Any) -> Key | None:
         """What decides the shape, stride, dtype and placement of a result; None if it is not done here."""
+        if func not in KNOWABLE:
+            return None
         if func in WRITES_IF_ASKED:
             if any(args[1:]) or any(kwargs.values()):
                 return None
-        elif func not in POINTWISE and (kwargs or (func not in RESHAPES and func not in REORDERS)):
+        elif kwargs and (func in RESHAPES or func in REORDERS):
             return None
-        if any(isinstance(value, Tensor) for value in kwargs.values()):
+        if any(isinstance(value, DTensor if func in ROW_BY_ROW else Tensor) for value in kwargs.values()):
             return None
         if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
             return None
@@ -148,6 +181,8 @@ def _describe(values: Sequence[Any], parts: list[Any]) -> bool:
 
 
 def _learnt(func: Any, args: Any, result: Any) -> Result | None:
+    if args and result is args[0]:
+        return Result((), None, ())
     several = type(result) if type(result) in (tuple, list) else None
     results = result if several is not None else [result]
     if not results or not all(type(one) is DTensor and type(one.placements[0]) is Shard for one in results):
@@ -156,14 +191,17 @@ def _learnt(func: Any, args: Any, result: Any) -> Result | None:
     if func in RESHAPES or func in REORDERS:
         if any(memory(one)._cdata != memory(args[0])._cdata for one in results):
             return None  # a copy, of which somebody has to be told
-        return Result(specs, several, ())
+        return Result(specs, several, (), _rows(specs[0]))
+    if func in ROW_BY_ROW:
+        return Result(specs, several, ()) if sharded_dim(args[0]) is not None else None
     dim, length, *_ = _rows(specs[0])
     for arg in args:
         if isinstance(arg, DTensor) and not arg.placements[0].is_replicate():
             own = sharded_dim(arg)
             if own is None or own - arg.ndim != dim - results[0].ndim or arg.shape[own] != length:
                 return None
-    return Result(specs, several, tuple(_dim_to_divide(arg, dim - results[0].ndim, length) for arg in args))
+    divided = tuple(_dim_to_divide(arg, dim - results[0].ndim, length) for arg in args)
+    return Result(specs, several, divided if any(own is not None for own in divided) else (), _rows(specs[0]))
 
 
 def _rows(spec: DTensorSpec) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from meshdiff.attention.local import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.handlers import Handlers, by_shard
 from meshdiff.untouched.joins import attention_of_joins
-from meshdiff.untouched.tensors import as_whole, is_sharded, own_copy, sharded_dim, to_plain
+from meshdiff.untouched.tensors import as_whole, is_sharded, own_copy, sharded_dim, swapped, to_plain
 
 if TYPE_CHECKING:
     from meshdiff.untouched.functions import OnShards
@@ -80,6 +80,16 @@ def _normalized(
 def _of_its_type(on: OnShards, tensor: Tensor, other: Tensor | None = None) -> Any:
     """The tensor itself, as everywhere, if it has that type; models ask for it before every sum."""
     return tensor if tensor.dtype == (torch.float32 if other is None else other.dtype) else NotImplemented
+
+
+@HANDLERS.of(F.dropout)
+def _dropout(on: OnShards, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """The tensor itself, where nothing is dropped."""
+    return NotImplemented if training else input
+
+
+ROW_BY_ROW = {_linear, _layer_norm, _rms_norm, _of_its_type, _dropout}
+"""What comes of these is decided by shapes and placements, and no rank needs anything of others."""
 
 
 @HANDLERS.of(torch.view_as_complex)
@@ -160,8 +170,8 @@ def _attention(
     on.on_attention(query, key, True)
     with on.unguarded():
         rows = [
-            (tensor if tensor.placements[0] == to else tensor.redistribute(placements=[to])).transpose(1, 2)
+            swapped(tensor if tensor.placements[0] == to else tensor.redistribute(placements=[to]))
             for tensor, to in zip((query, key, value), placed, strict=True)
         ]
         attended = mesh_attention(*rows, attn_mask=attn_mask, is_causal=is_causal, scale=scale, strategy=on.strategy)
-        return attended.transpose(1, 2)
+        return swapped(attended)

@@ -15,10 +15,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from meshdiff.attention.exchange import all_to_all
 from meshdiff.attention.local import contiguous_stride, wrap
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.simulation import on_each_rank
@@ -199,13 +199,11 @@ def move(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: in
     row = math.prod(size for other, size in enumerate(sources[0].shape) if other != dim)
     received = None
     if not nothing_moves(plan):
-        received = funcol.wait_tensor(
-            funcol.all_to_all_single(
-                _pack(plan, rank, dim, *shards),
-                output_split_sizes=_sizes(plan, rank, row, receives=True),
-                input_split_sizes=_sizes(plan, rank, row, receives=False),
-                group=mesh,
-            )
+        received = all_to_all(
+            _pack(plan, rank, dim, *shards),
+            _sizes(plan, rank, row, receives=True),
+            _sizes(plan, rank, row, receives=False),
+            mesh,
         )
     _unpack(plan, rank, dim, received, len(shards), *shards, *(output.to_local() for output in into))
 

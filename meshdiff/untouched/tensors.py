@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "own_copy",
     "settled",
     "sharded_dim",
+    "swapped",
     "to_plain",
     "to_shards",
 ]
@@ -96,6 +97,24 @@ def _is_dense(tensor: Tensor, order: list[int]) -> bool:
                 return False
             expected *= tensor.shape[dim]
     return True
+
+
+def swapped(tensor: Tensor) -> DTensor:
+    """`tensor.transpose(1, 2)` of a DTensor with 4 dims: between the layout of torch's attention and of ours."""
+    assert isinstance(tensor, DTensor)
+    if torch.is_grad_enabled():
+        return cast(DTensor, tensor.transpose(1, 2))  # DTensor's own, which autograd knows
+    (a, b, c, d), (of_a, of_b, of_c, of_d) = tensor.shape, tensor.stride()
+    placement = tensor.placements[0]
+    if isinstance(placement, Shard) and placement.dim in (1, 2):
+        placement = Shard(3 - placement.dim)
+    return wrap(
+        to_shard(tensor).transpose(1, 2),
+        tensor.device_mesh,
+        placement,
+        torch.Size((a, c, b, d)),
+        (of_a, of_c, of_b, of_d),
+    )
 
 
 def settled(tensor: DTensor) -> DTensor:
