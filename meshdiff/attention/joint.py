@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.checks import check_ranks, describe, placement, plain_mask, read
 from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
 from meshdiff.attention.local import from_shard, scaled_dot_product_attention, to_shard
 from meshdiff.attention.masks import whole_mask
-from meshdiff.attention.problem import Problem, chunk_ranges, count
+from meshdiff.attention.problem import Problem, chunk_ranges
 from meshdiff.placements import SEQUENCE, WHOLE
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["joint_attention"]
+__all__ = ["attend_beside", "joint_attention"]
 
 QKV = tuple[Tensor, Tensor, Tensor]
 NAMES = ("query", "key", "value")
@@ -87,19 +90,75 @@ def joint_attention(
         )
     if replace(of_image, queries=(), keys=()) != replace(of_text, queries=(), keys=()):
         raise wrong("image and text of one head_dim and one dtype")
-    problem = _together(of_image, image[0].shape[1], query.shape[1], text_first)
-    total = sum(map(count, problem.queries))
-    mask = attn_mask if attn_mask is None else whole_mask(plain_mask(attn_mask), *_sizes(query, total))
-    own_query, own_key, own_value = (
-        _beside(to_shard(one), to_shard(other)) for one, other in zip(image, (query, key, value), strict=True)
+    in_order = [(query, key, value), image] if text_first else [image, (query, key, value)]
+    sizes, mesh = tuple(part[0].shape[1] for part in in_order), of_image.mesh
+    attended = attend_beside(
+        mesh,
+        sizes,
+        *(_beside(*map(to_shard, pair)) for pair in zip(*in_order, strict=True)),
+        attn_mask=attn_mask if attn_mask is None else plain_mask(attn_mask),
+        is_causal=is_causal,
+        scale=scale,
+        strategy=strategy,
     )
-    attend = STRATEGIES[choose_strategy(problem, strategy).strategy]
-    attended = attend(problem, own_query, own_key, own_value, mask)
-    of_image_tokens, of_text_tokens = _apart(problem, problem.mesh.get_local_rank(), attended)
+    first, second = _apart(sizes, mesh.size(), mesh.get_local_rank(), attended)
+    of_text_tokens, of_image_tokens = (first, second) if text_first else (second, first)
     return (
-        from_shard(of_image_tokens, problem.mesh, SEQUENCE, like=image[0]),
-        from_shard(of_text_tokens, problem.mesh, SEQUENCE, like=query).redistribute(placements=text[0].placements),
+        from_shard(of_image_tokens, mesh, SEQUENCE, like=image[0]),
+        from_shard(of_text_tokens, mesh, SEQUENCE, like=query).redistribute(placements=text[0].placements),
     )
+
+
+def attend_beside(
+    mesh: DeviceMesh,
+    sizes: tuple[int, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    strategy: str = AUTO,
+) -> Tensor:
+    """Attention over several sequences as one, of which each rank holds its part of each side by side.
+
+    Args:
+        mesh: 1-D.
+        sizes: the length of each sequence, in their order.
+        query, key, value: this rank's `[batch, own tokens, heads, head_dim]`, those of the first sequence first.
+        attn_mask: the whole mask, plain, over all tokens in the order of the sequence.
+        is_causal, scale, strategy: as in `mesh_attention`.
+
+    Returns:
+        The shape of `query`.
+    """
+    heads, kv_heads = query.shape[2], key.shape[2]
+    problem = _beside_problem(
+        mesh, id(mesh), sizes, query.shape[0], heads, kv_heads, query.shape[3], query.dtype, is_causal, scale
+    )
+    mask = attn_mask if attn_mask is None else whole_mask(attn_mask, *_sizes(query, sum(sizes)))
+    return STRATEGIES[choose_strategy(problem, strategy).strategy](problem, query, key, value, mask)
+
+
+@lru_cache(maxsize=1024)
+def _beside_problem(
+    mesh: DeviceMesh,
+    _same: int,
+    sizes: tuple[int, ...],
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    is_causal: bool,
+    scale: float | None,
+) -> Problem:
+    """`_same` is the mesh's id: meshes of different process groups are equal to each other."""
+    starts = accumulate(sizes, initial=0)
+    ranges = [chunk_ranges(size, mesh.size(), start) for size, start in zip(sizes, starts, strict=False)]
+    tokens = tuple(zip(*ranges, strict=True))
+    return Problem(mesh, batch, heads, kv_heads, head_dim, dtype, tokens, tokens, is_causal, scale)
 
 
 def _sizes(query: Tensor, total: int) -> tuple[int, int, int, int]:
@@ -113,19 +172,12 @@ def _divide(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _together(problem: Problem, image: int, text: int, text_first: bool) -> Problem:
-    """The problem of `image` and `text` tokens as one sequence, of which each rank holds two ranges."""
-    image_ranges = chunk_ranges(image, problem.ranks, start=text if text_first else 0)
-    text_ranges = chunk_ranges(text, problem.ranks, start=0 if text_first else image)
-    tokens = tuple(zip(image_ranges, text_ranges, strict=True))
-    return replace(problem, queries=tokens, keys=tokens)
+@on_each_rank
+def _beside(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second], dim=1)
 
 
 @on_each_rank
-def _beside(image: Tensor, text: Tensor) -> Tensor:
-    return torch.cat([image, text], dim=1)
-
-
-@on_each_rank
-def _apart(problem: Problem, rank: int, attended: Tensor) -> tuple[Tensor, ...]:
-    return tuple(part.contiguous() for part in attended.split([len(own) for own in problem.queries[rank]], dim=1))
+def _apart(sizes: tuple[int, ...], ranks: int, rank: int, attended: Tensor) -> tuple[Tensor, ...]:
+    own = [len(chunk_ranges(size, ranks)[rank]) for size in sizes]
+    return tuple(part.contiguous() for part in attended.split(own, dim=1))

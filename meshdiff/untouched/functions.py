@@ -22,7 +22,7 @@ from meshdiff.untouched.aliases import Aliases, memory
 from meshdiff.untouched.guard import Guard, NotOnShards, Unsafe
 from meshdiff.untouched.handlers import Handlers
 from meshdiff.untouched.joins import BY_PARTS, by_parts
-from meshdiff.untouched.known import KNOWABLE, Known
+from meshdiff.untouched.known import KNOWABLE, Known, described
 from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.rows import Piece, rearrange
@@ -78,7 +78,7 @@ class OnShards(TorchFunctionMode):
             return func(*args, **kwargs)
         key = None
         if func in KNOWABLE and self.does_again() and not self._waits(args):
-            key = self.known.key(func, args, kwargs)
+            key = described(func, args, kwargs)
             if key is not None and (known := self.known.get(key)) is not None:
                 return known.again(func, args, kwargs)
         if getattr(func, "__self__", None) is Tensor.data:
@@ -87,8 +87,8 @@ class OnShards(TorchFunctionMode):
             func = Tensor.detach  # alike, but writes to it are counted: a call that starts again has to know of them
         if next(dtensors((args, kwargs)), None) is None:
             if func is F.scaled_dot_product_attention:
-                query, key = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))[:2]
-                self.on_attention(query, key, False)
+                given = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))
+                self.on_attention(given[0], given[1], False)
             return func(*args, **kwargs)
         if func in UNKNOWABLE:
             raise Unsafe(f"{func.__name__} looks at the memory of a tensor, of which a rank holds a part")
@@ -107,7 +107,7 @@ class OnShards(TorchFunctionMode):
                 self.exchanging -= 1
             if result is not NotImplemented:
                 if key is not None and handler in layers.ROW_BY_ROW:
-                    self.known.learn(key, func, args, result)
+                    self.known.learn(key, func, args, kwargs, result)
                 return result
         return self.run(func, args, kwargs)
 
@@ -131,13 +131,13 @@ class OnShards(TorchFunctionMode):
         return self.gathered(func, args, kwargs, why)
 
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
-        key = self.known.key(func, args, kwargs) if self.does_again() else None
+        key = described(func, args, kwargs) if func in KNOWABLE and self.does_again() else None
         if key is not None and (result := self.known.get(key)) is not None:
             return result.again(func, args, kwargs)
         args, kwargs = all_whole(args, self.mesh), {name: all_whole(kwargs[name], self.mesh) for name in kwargs}
         made = map_dtensors(settled, func(*args, **kwargs))
         if key is not None:
-            self.known.learn(key, func, args, made)
+            self.known.learn(key, func, args, kwargs, made)
         return made
 
     def does_again(self) -> bool:

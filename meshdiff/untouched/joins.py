@@ -2,11 +2,13 @@
 
 Between the join of text and image and their attention, models turn queries and
 keys by their positions; afterwards they cut the result apart. So the join need
-not be made: attention takes the tokens of both from where they are.
+not be made: a rank lays its rows of both side by side, and nothing is sent.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +17,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_leaves
 
-from meshdiff.attention import joint_attention
-from meshdiff.attention.local import contiguous_stride
+from meshdiff.attention.checks import check_ranks
+from meshdiff.attention.joint import attend_beside
+from meshdiff.attention.local import contiguous_stride, wrap
+from meshdiff.attention.problem import chunk_ranges
+from meshdiff.simulation import on_each_rank
+from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.cuts import plain_index
-from meshdiff.untouched.known import POINTWISE, RESHAPES
+from meshdiff.untouched.known import POINTWISE, RESHAPES, described, run_on_shards
 from meshdiff.untouched.rows import Piece
-from meshdiff.untouched.tensors import dtensors, map_tensors, sharded_dim, swapped, to_plain
+from meshdiff.untouched.tensors import dtensors, map_tensors, sharded_dim, to_plain
 
 if TYPE_CHECKING:
     from meshdiff.untouched.functions import OnShards
 
 __all__ = ["BY_PARTS", "attention_of_joins", "by_parts"]
 
+QKV = ("query", "key", "value")
 CASTS = {Tensor.float, Tensor.type_as, Tensor.to}
 UNBINDS = {Tensor.unbind, torch.unbind}
 VIEWS = RESHAPES | {Tensor.permute, Tensor.transpose, torch.permute, torch.transpose, Tensor.__getitem__, *UNBINDS}
@@ -53,8 +60,16 @@ def join_of(on: OnShards, tensor: Any) -> Join | None:
 
 def by_parts(on: OnShards, func: Any, args: Any, kwargs: Any) -> Any:
     """What a function makes of joins that wait, as joins that wait; NotImplemented where it does not go row by row."""
-    joins = {id(tensor): join for tensor in dtensors((args, kwargs)) if (join := join_of(on, tensor)) is not None}
-    if not joins or not _goes_by_rows(func, args, kwargs, joins):
+    given = list(dtensors((args, kwargs)))
+    joins = {id(tensor): join for tensor in given if (join := join_of(on, tensor)) is not None}
+    if not joins:
+        return NotImplemented
+    key = described(func, args, kwargs) if on.does_again() else None
+    if key is not None:
+        key = (*key, *(join.sizes if (join := joins.get(id(tensor))) is not None else None for tensor in given))
+        if (known := on.known.get_joined(key)) is not None:
+            return _again(on, known, func, args, kwargs, joins)
+    if not _goes_by_rows(func, args, kwargs, joins):
         return NotImplemented
     outlines = on.known.outlines(func, args, kwargs)
     if outlines is None:
@@ -75,14 +90,142 @@ def by_parts(on: OnShards, func: Any, args: Any, kwargs: Any) -> Any:
             made.append(on.run(func, own_args, own_kwargs))
     several = type(made[0]) if isinstance(made[0], (tuple, list)) else None
     rows = [tuple(made)] if several is None else list(zip(*made, strict=True))
+    dims = [_joined_dim(own, outline, join.sizes) for own, outline in zip(rows, outlines, strict=True)]
+    if None in dims:
+        return NotImplemented
+    outlined = tuple((tuple(one.shape), one.stride()) for one in outlines)
+    known = Joined(outlined, tuple(dim for dim in dims if dim is not None), several)
+    if key is not None:
+        on.known.learn_joined(key, known)
+    return _waiting(on, known, rows, func, args, kwargs, join.sizes)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What a function makes of joins: of each result shape and stride on one device, and the dim that is joined."""
+
+    outlines: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    dims: tuple[int, ...]
+    several: type | None
+
+
+def _again(on: OnShards, known: Joined, func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> Any:
+    """On this rank's rows of all parts, side by side, by what is known of the result."""
+    join = next(iter(joins.values()))
+    ranks, rank = on.mesh.size(), on.mesh.get_local_rank()
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) in joins:
+            return _side_by_side(on, tensor, joins[id(tensor)])
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return _rows_of_each(local, join.dim, join.sizes, ranks, rank) if _goes_along(tensor, join) else local
+
+    with on.unguarded():
+        own_args, own_kwargs = map_tensors(Tensor, own, args), {n: map_tensors(Tensor, own, kwargs[n]) for n in kwargs}
+        if func in RESHAPES:
+            made: Any = _reshaped(own_args[0], known.outlines[0][0], known.dims[0])
+        else:
+            made = run_on_shards(func, own_kwargs, *own_args)
+        rows = [
+            _parts(on, tensor, shape, stride, dim, join.sizes)
+            for tensor, (shape, stride), dim in zip(
+                [made] if known.several is None else made, known.outlines, known.dims, strict=True
+            )
+        ]
+    return _waiting(on, known, rows, func, args, kwargs, join.sizes)
+
+
+def _waiting(
+    on: OnShards,
+    known: Joined,
+    rows: Sequence[Sequence[DTensor]],
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    sizes: Sequence[int],
+) -> Any:
+    """The results, as joins that wait."""
     for tensor in dtensors((args, kwargs)):
         on.pending.use(tensor)
-    results = [_joined(on, own, outline, join.sizes) for own, outline in zip(rows, outlines, strict=True)]
-    if any(result is None for result in results):
-        return NotImplemented
+    pieces = [Piece(i, 0, size) for i, size in enumerate(sizes)]
+    results = [
+        on.pending.rearrange(own, [pieces], dim, stride)[0]
+        for own, (_, stride), dim in zip(rows, known.outlines, known.dims, strict=True)
+    ]
     if func in VIEWS:
-        on.viewed(args[0], *(result for result in results if result is not None))
-    return results[0] if several is None else several(results)
+        on.viewed(args[0], *results)
+    return results[0] if known.several is None else known.several(results)
+
+
+def _side_by_side(on: OnShards, tensor: Tensor, join: Join) -> Tensor:
+    """This rank's rows of all parts of a join; from then on, they are taken from there."""
+    dim = tensor.ndim + join.dim
+    whole = tuple(part.placements[0].is_replicate() for part in join.parts)
+    own = [part.to_local() for part in join.parts]
+    rows = _lay(dim, join.sizes, whole, on.mesh.size(), on.mesh.get_local_rank(), *own)
+    if memory(rows)._cdata != memory(own[0])._cdata:
+        on.pending.take_from(tensor, _parts(on, rows, tensor.shape, tensor.stride(), dim, join.sizes))
+    return rows
+
+
+@on_each_rank
+def _lay(dim: int, sizes: Sequence[int], whole: Sequence[bool], ranks: int, rank: int, *parts: Tensor) -> Tensor:
+    """Rows of each part one after the other; a copy, unless that is how they lie already."""
+    if not any(whole) and (there := _adjoining(parts, dim)) is not None:
+        return there
+    ranges = [chunk_ranges(size, ranks)[rank] for size in sizes]
+    return torch.cat(
+        [
+            part.narrow(dim, rows.start, len(rows)) if is_whole else part
+            for part, rows, is_whole in zip(parts, ranges, whole, strict=True)
+        ],
+        dim,
+    )
+
+
+def _adjoining(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    """Parts that lie one after the other in memory, as one tensor."""
+    first, rows = parts[0], 0
+    for part in parts:
+        at = first.storage_offset() + rows * first.stride(dim)
+        if (
+            part.stride() != first.stride()
+            or part.storage_offset() != at
+            or memory(part)._cdata != memory(first)._cdata
+        ):
+            return None
+        rows += part.shape[dim]
+    return first.as_strided((*first.shape[:dim], rows, *first.shape[dim + 1 :]), first.stride())
+
+
+def _parts(
+    on: OnShards, rows: Tensor, shape: Sequence[int], stride: tuple[int, ...], dim: int, sizes: Sequence[int]
+) -> tuple[DTensor, ...]:
+    """The parts that lie side by side on each rank."""
+    views = _views(rows, dim, tuple(sizes), on.mesh.size(), on.mesh.get_local_rank())
+    return tuple(
+        wrap(view, on.mesh, Shard(dim), torch.Size((*shape[:dim], size, *shape[dim + 1 :])), stride)
+        for view, size in zip(views, sizes, strict=True)
+    )
+
+
+@on_each_rank
+def _views(rows: Tensor, dim: int, sizes: Sequence[int], ranks: int, rank: int) -> tuple[Tensor, ...]:
+    return rows.split_with_sizes([len(chunk_ranges(size, ranks)[rank]) for size in sizes], dim)
+
+
+@on_each_rank
+def _rows_of_each(tensor: Tensor, dim: int, sizes: Sequence[int], ranks: int, rank: int) -> Tensor:
+    """Of what is whole, the rows that go with this rank's."""
+    starts = itertools.accumulate(sizes, initial=0)
+    ranges = [chunk_ranges(size, ranks, start)[rank] for size, start in zip(sizes, starts, strict=False)]
+    return torch.cat([tensor.narrow(dim, own.start, len(own)) for own in ranges], dim)
+
+
+@on_each_rank
+def _reshaped(tensor: Tensor, shape: Sequence[int], dim: int) -> Tensor:
+    """Torch finds the rows of this rank: all other dims are given."""
+    return tensor.reshape(*shape[:dim], -1, *shape[dim + 1 :])
 
 
 def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> bool:
@@ -114,19 +257,23 @@ def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> 
 def _of_part(joins: dict[int, Join], i: int, args: Any, kwargs: Any) -> Any:
     """The arguments for part `i`: of joins that part, of whole tensors the rows that go with it."""
     join = next(iter(joins.values()))
-    total, start = sum(join.sizes), sum(join.sizes[:i])
+    start = sum(join.sizes[:i])
 
     def part(tensor: Tensor) -> Tensor:
         if id(tensor) in joins:
             return joins[id(tensor)].parts[i]
-        goes_along = tensor.ndim >= -join.dim and tensor.shape[join.dim] == total != 1
-        return tensor.narrow(join.dim, start, join.sizes[i]) if goes_along else tensor
+        return tensor.narrow(join.dim, start, join.sizes[i]) if _goes_along(tensor, join) else tensor
 
     return map_tensors(Tensor, part, args), {name: map_tensors(Tensor, part, kwargs[name]) for name in kwargs}
 
 
-def _joined(on: OnShards, rows: tuple[DTensor, ...], outline: Tensor, sizes: tuple[int, ...]) -> DTensor | None:
-    """The join of results; None if they are no rows of what the function makes of the whole."""
+def _goes_along(tensor: Tensor, join: Join) -> bool:
+    """Whether what is whole has a row for each of a join's."""
+    return tensor.ndim >= -join.dim and tensor.shape[join.dim] == sum(join.sizes) != 1
+
+
+def _joined_dim(rows: tuple[DTensor, ...], outline: Tensor, sizes: tuple[int, ...]) -> int | None:
+    """Along which dim results are rows of what the function makes of the whole; None if they are not."""
     if not all(isinstance(own, DTensor) for own in rows):  # it ran on whole tensors
         return None
     dims = {own.placements[0].dim for own in rows if isinstance(own.placements[0], Shard)}
@@ -134,10 +281,7 @@ def _joined(on: OnShards, rows: tuple[DTensor, ...], outline: Tensor, sizes: tup
         return None
     (dim,) = dims
     expected = [(*outline.shape[:dim], size, *outline.shape[dim + 1 :]) for size in sizes]
-    if outline.shape[dim] != sum(sizes) or [tuple(own.shape) for own in rows] != expected:
-        return None
-    pieces = [Piece(i, 0, size) for i, size in enumerate(sizes)]
-    return on.pending.rearrange(rows, [pieces], dim, outline.stride())[0]
+    return dim if outline.shape[dim] == sum(sizes) and [tuple(own.shape) for own in rows] == expected else None
 
 
 def attention_of_joins(
@@ -148,7 +292,7 @@ def attention_of_joins(
     if len(joins) < 3 or len({(join.dim, join.sizes) for join in joins}) > 1:
         return NotImplemented
     sizes = joins[0].sizes
-    if joins[0].dim != -2 or len(sizes) != 2 or not all(sizes):
+    if joins[0].dim != -2 or not all(sizes):
         return NotImplemented
     if isinstance(mask, DTensor):
         on.look_at(mask)
@@ -156,19 +300,19 @@ def attention_of_joins(
     on.on_attention(query, key, True)
     for tensor in (query, key, value):
         on.pending.use(tensor)
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "strategy": on.strategy}
     with on.unguarded():
-        (q1, q2), (k1, k2), (v1, v2) = (
-            [
-                swapped(part if part.placements[0] == Shard(2) else part.redistribute(placements=[Shard(2)]))
-                for part in join.parts
-            ]
-            for join in joins
-        )
-        second, first = joint_attention(
-            (q2, k2, v2), (q1, k1, v1), attn_mask=mask, is_causal=is_causal, scale=scale, strategy=on.strategy
-        )
-        rows = [swapped(part) for part in (first, second)]
+        parts = {
+            f"{name} {i}": part for name, join in zip(QKV, joins, strict=True) for i, part in enumerate(join.parts)
+        }
+        check_ranks({**parts, "attn_mask": mask}, **options)
+        rows = [
+            _side_by_side(on, tensor, join).transpose(1, 2)
+            for tensor, join in zip((query, key, value), joins, strict=True)
+        ]
+        attended = attend_beside(on.mesh, sizes, *rows, attn_mask=mask, **options).transpose(1, 2)
         batch, heads, seq, head_dim = query.shape
         of_batch, of_seq, of_head, _ = contiguous_stride(torch.Size((batch, seq, heads, head_dim)))
         stride = of_batch, of_head, of_seq, 1
-        return on.pending.rearrange(rows, [[Piece(i, 0, size) for i, size in enumerate(sizes)]], 2, stride)[0]
+        made = _parts(on, attended, query.shape, stride, 2, sizes)
+        return on.pending.rearrange(made, [[Piece(i, 0, size) for i, size in enumerate(sizes)]], 2, stride)[0]

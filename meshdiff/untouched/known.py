@@ -10,7 +10,7 @@ operation that is done again there is little more than making that DTensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.tensors import LEAVES, sharded_dim
 
-__all__ = ["KNOWABLE", "POINTWISE", "RESHAPES", "Key", "Known", "Result", "unseen"]
+__all__ = ["KNOWABLE", "POINTWISE", "RESHAPES", "Key", "Known", "Result", "described", "run_on_shards"]
 
 _NAMES = ("add", "sub", "mul", "div", "neg", "abs", "pow", "exp", "sin", "cos", "tanh", "sigmoid", "sqrt", "rsqrt")
 POINTWISE = {getattr(where, name) for where in (torch, Tensor) for name in _NAMES}
@@ -59,17 +59,26 @@ class Result:
     """Of each operand that is whole, the dim of which a rank takes its rows; nothing if there is no such operand."""
     rows: tuple[int, int, int, int] = (0, 0, 1, 0)
     """The sharded dim of the first result, its length, how many ranks share it and which this one is."""
+    unseen: bool = True
+    """Whether the guard need not look, which takes longer than most operations: nobody has a say but torch itself.
+
+    Other modes have, such as a counter of FLOPs or simulated ranks, and tensors of other classes.
+    """
 
     def again(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result, for operands of the same key; nothing is sent."""
         if not self.specs:
             return args[0]
-        own = [arg.to_local() if type(arg) is DTensor else arg for arg in args]
-        if _seen_by_others() or not all(map(_is_plain, (*own, *kwargs.values()))):
-            made = self._of_own(func, own, kwargs)
-        else:
-            with unseen():
+        own, unseen = list(args), self.unseen and torch._C._len_torch_dispatch_stack() == 1
+        for i, arg in enumerate(args):
+            if type(arg) is DTensor:
+                own[i] = arg.to_local()
+                unseen = unseen and type(own[i]) is Tensor
+        if unseen:
+            with torch._C._DisableTorchDispatch():
                 made = self._of_own(func, own, kwargs)
+        else:
+            made = self._of_own(func, own, kwargs)
         if self.several is None:
             return DTensor(made, self.specs[0], requires_grad=False)
         return self.several(DTensor(part, one, requires_grad=False) for part, one in zip(made, self.specs, strict=True))
@@ -79,20 +88,7 @@ class Result:
             return _reshaped(own[0], self.specs[0].shape, *self.rows)
         if self.divided:
             return _on_own_rows(func, kwargs, self.divided, *self.rows, *own)
-        return _on_shards(func, kwargs, *own)
-
-
-unseen = torch._C._DisableTorchDispatch
-"""While operations run that are right by construction, on plain tensors: to have the guard look at one takes longer."""
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in PLAIN or not isinstance(value, Tensor)
-
-
-def _seen_by_others() -> bool:
-    """Whether there are other modes than the guard, such as a counter of FLOPs, or of simulated ranks."""
-    return torch._C._len_torch_dispatch_stack() != 1
+        return run_on_shards(func, kwargs, *own)
 
 
 class Known:
@@ -101,20 +97,29 @@ class Known:
     def __init__(self) -> None:
         self._results: dict[Key, Result | None] = {}
         self._outlines: dict[Key, list[Tensor]] = {}
+        self._joined: dict[Key, Any] = {}
 
     def get(self, key: Key) -> Result | None:
         return self._results.get(key)
 
-    def learn(self, key: Key, func: Any, args: Any, result: Any) -> None:
+    def learn(self, key: Key, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Keep what DTensor has made of an operation; None for what it is to be asked about every time."""
         if key not in self._results:
             _make_room(self._results)
-            self._results[key] = _learnt(func, args, result)
+            self._results[key] = _learnt(func, args, kwargs, result)
+
+    def get_joined(self, key: Key) -> Any:
+        """The same for functions of rows that are joined, see `joins`."""
+        return self._joined.get(key)
+
+    def learn_joined(self, key: Key, known: Any) -> None:
+        _make_room(self._joined)
+        self._joined[key] = known
 
     def outlines(self, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
         """What one device would make of whole tensors, without the values: shapes and strides; None if not known."""
         key = described(func, args, kwargs)
-        if key is None:
+        if key is None or "out" in kwargs:
             return None
         if key not in self._outlines:
             own_args, own_kwargs = tree_map_only(Tensor, _outline, (args, kwargs))
@@ -122,22 +127,6 @@ class Known:
             _make_room(self._outlines)
             self._outlines[key] = list(result) if isinstance(result, (tuple, list)) else [result]
         return self._outlines[key]
-
-    @staticmethod
-    def key(func: Any, args: Any, kwargs: Any) -> Key | None:
-        """What decides the shape, stride, dtype and placement of a result; None if it is not done here."""
-        if func not in KNOWABLE:
-            return None
-        if func in WRITES_IF_ASKED:
-            if any(args[1:]) or any(kwargs.values()):
-                return None
-        elif kwargs and (func in RESHAPES or func in REORDERS):
-            return None
-        if any(isinstance(value, DTensor if func in ROW_BY_ROW else Tensor) for value in kwargs.values()):
-            return None
-        if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
-            return None
-        return described(func, args, kwargs)
 
 
 def _make_room(found: dict[Key, Any]) -> None:
@@ -150,20 +139,21 @@ def _outline(tensor: Tensor) -> Tensor:
 
 
 def described(func: Any, args: Any, kwargs: Any) -> Key | None:
-    """A function and what decides the shape and stride of its results; None if that is not easily said."""
-    parts: list[Any] = [func, torch.get_default_dtype(), len(args), *kwargs]
-    if "out" in kwargs or not _describe((*args, *kwargs.values()), parts):
-        return None
-    return tuple(parts)
+    """A function and what decides the shape, stride, dtype and placement of what comes of it; None if that is much."""
+    parts: list[Any] = [func, torch.get_default_dtype(), len(args)]
+    if kwargs:
+        parts += kwargs
+        return tuple(parts) if _describe(args, parts) and _describe(kwargs.values(), parts) else None
+    return tuple(parts) if _describe(args, parts) else None
 
 
-def _describe(values: Sequence[Any], parts: list[Any]) -> bool:
+def _describe(values: Iterable[Any], parts: list[Any]) -> bool:
     for value in values:
         kind = type(value)
         if kind is DTensor:
             parts.append(value._spec)
         elif isinstance(value, Tensor):
-            parts.append((value.shape, value.stride(), value.dtype, value.device))
+            parts.append((kind, value.shape, value.stride(), value.dtype, value.device))
         elif kind is float or kind is complex:
             parts.append(kind)  # its value decides nothing
         elif kind is tuple or kind is list or kind is torch.Size:
@@ -180,28 +170,44 @@ def _describe(values: Sequence[Any], parts: list[Any]) -> bool:
     return True
 
 
-def _learnt(func: Any, args: Any, result: Any) -> Result | None:
-    if args and result is args[0]:
+def _learnt(func: Any, args: Any, kwargs: Any, result: Any) -> Result | None:
+    if not args or not _can_be_known(func, args, kwargs):
+        return None
+    if result is args[0]:
         return Result((), None, ())
     several = type(result) if type(result) in (tuple, list) else None
     results = result if several is not None else [result]
     if not results or not all(type(one) is DTensor and type(one.placements[0]) is Shard for one in results):
         return None
-    specs = tuple(one._spec for one in results)
+    specs, rows = tuple(one._spec for one in results), _rows(results[0]._spec)
+    unseen = all(
+        type(tensor) in (*PLAIN, DTensor) for tensor in (*args, *kwargs.values()) if isinstance(tensor, Tensor)
+    )
     if func in RESHAPES or func in REORDERS:
         if any(memory(one)._cdata != memory(args[0])._cdata for one in results):
             return None  # a copy, of which somebody has to be told
-        return Result(specs, several, (), _rows(specs[0]))
+        return Result(specs, several, (), rows, unseen)
     if func in ROW_BY_ROW:
-        return Result(specs, several, ()) if sharded_dim(args[0]) is not None else None
-    dim, length, *_ = _rows(specs[0])
+        return Result(specs, several, (), rows, unseen) if sharded_dim(args[0]) is not None else None
+    dim, length, *_ = rows
     for arg in args:
         if isinstance(arg, DTensor) and not arg.placements[0].is_replicate():
             own = sharded_dim(arg)
             if own is None or own - arg.ndim != dim - results[0].ndim or arg.shape[own] != length:
                 return None
     divided = tuple(_dim_to_divide(arg, dim - results[0].ndim, length) for arg in args)
-    return Result(specs, several, divided if any(own is not None for own in divided) else (), _rows(specs[0]))
+    return Result(specs, several, divided if any(own is not None for own in divided) else (), rows, unseen)
+
+
+def _can_be_known(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it writes to nothing, and does to a rank's rows what it does to all."""
+    if func in WRITES_IF_ASKED:
+        return not any(args[1:]) and not any(kwargs.values())
+    if kwargs and (func in RESHAPES or func in REORDERS):
+        return False
+    if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
+        return False
+    return not any(isinstance(value, DTensor if func in ROW_BY_ROW else Tensor) for value in kwargs.values())
 
 
 def _rows(spec: DTensorSpec) -> tuple[int, int, int, int]:
@@ -219,7 +225,7 @@ def _dim_to_divide(arg: Any, dim: int, length: int) -> int | None:
 
 
 @on_each_rank
-def _on_shards(func: Any, kwargs: dict[str, Any], *own: Any) -> Any:
+def run_on_shards(func: Any, kwargs: dict[str, Any], *own: Any) -> Any:
     result = func(*own, **kwargs)
     return tuple(result) if isinstance(result, list) else result
 

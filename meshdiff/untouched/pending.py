@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -109,6 +109,12 @@ class Pending:
             if own.source is not None and (own.start, own.stop) == (0, own.source.shape[wait.dim])
         )
         return parts if len(parts) == len(wait.rows) > 1 else None
+
+    def take_from(self, tensor: Tensor, parts: Sequence[DTensor]) -> None:
+        """Have a join wait for copies of its parts."""
+        wait = self._waiting[id(tensor)]
+        rows = tuple(Rows(part, 0, part.shape[wait.dim]) for part in parts)
+        self._waiting[id(tensor)] = replace(wait, rows=rows)
 
     def _forget(self, output: weakref.ref[DTensor]) -> None:
         """Let go of what nobody can want any more, and of the rows kept for it."""
