@@ -5,6 +5,7 @@ A check is a function that every rank calls; what it returns on rank 0 is saved.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -173,6 +174,42 @@ def untouched() -> dict:
         error, share, calls, traffic, whole = of_diffusers(name, mesh)
         results[name] = error, share, calls, from_every_rank(traffic), whole
     return results
+
+
+def untouched_calls() -> list[tuple[dict, int, int]]:
+    """Of every rank: errors of small models called several times; FLOPs of a later call as counted, and as expected."""
+    from test_untouched import Joint
+    from test_untouched_calls import BODIES, CALLS, Tokens
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from meshdiff import parallelize
+    from meshdiff.attention.problem import chunk_sizes
+    from meshdiff.untouched.parallel import difference
+
+    mesh, errors = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
+    torch.manual_seed(0)
+    models = {body.__name__: (Tokens(body), [(hidden,) for hidden in CALLS]) for body in BODIES}
+    models |= {
+        f"joint {change}": (Joint(change), [(hidden, hidden[:, :5] * 2) for hidden in CALLS])
+        for change in ("", "source", "join", "view")
+    }
+    with torch.no_grad():
+        for name, (model, calls) in models.items():
+            expected = [copy.deepcopy(model)(*(tensor.clone() for tensor in call)) for call in calls]
+            if "kept" in name:  # by one model, from call to call
+                alone = copy.deepcopy(model)
+                expected = [alone(*call) for call in calls]
+            parallel = parallelize(model, mesh)
+            found = [parallel(*call) for call in calls]
+            errors[name] = max(difference(*pair) for pair in zip(found, expected, strict=True))
+        model = Tokens(lambda block, x, y: y)
+        parallel = parallelize(model, mesh)
+        for (hidden,) in [(hidden,) for hidden in CALLS]:
+            with FlopCounterMode(display=False) as counter:
+                parallel(hidden)
+    batch, length, channels = CALLS[0].shape
+    rows = batch * chunk_sizes(length, mesh.size())[mesh.get_local_rank()]
+    return from_every_rank((errors, counter.get_total_flops(), 4 * 2 * rows * channels * channels))
 
 
 def untouched_gradients() -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from ranks import run_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from untouched_cases import CHANNELS, values
@@ -80,8 +81,60 @@ def heads_without_a_transpose(block, x, y):
     return F.scaled_dot_product_attention(heads, heads, heads).flatten(2)
 
 
+def own_rows_of_what_was_cut(block, x, y):
+    y = y * 1
+    cut, flat = y[:, 2:5], y.flatten(1)
+    y[..., ::2] = x[..., 1::2] * 2
+    return y + cut.mean(1, keepdim=True) + flat.mean()
+
+
+def own_rows(block, x, y):
+    made, turned = torch.empty_like(y), y.unflatten(-1, (-1, 2))
+    made[..., ::2] = turned[..., 0]
+    made[..., 1::2] = x[..., 1::2]
+    made[:, :, 3:5] = y[:, :, :2]
+    made[..., 7] = 0.5
+    return made
+
+
+def writes_if_asked(block, x, y):
+    z = F.silu(y)
+    F.silu(y, inplace=True)
+    return F.relu(y) + z + F.relu(x * 1, inplace=True)
+
+
+def norms_and_dropout(block, x, y):
+    weight = block.attn_in.bias
+    y = F.dropout(F.layer_norm(y, (CHANNELS,), weight, bias=weight), 0.5, False)
+    return (
+        F.rms_norm(x, (CHANNELS,), weight=weight, eps=1e-3) + torch.rms_norm(y, (CHANNELS,)) + F.dropout(y, 0.0, True)
+    )
+
+
+class Twice(Tensor):
+    """A weight of another class, which stands for twice its values."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*(arg.values * 2 if isinstance(arg, cls) else arg for arg in args), **(kwargs or {}))
+
+
+def weights_of_another_class(block, x, y):
+    return F.linear(x, Twice(block.attn_in.weight.detach())) + F.layer_norm(
+        y, (CHANNELS,), Twice(block.attn_in.bias.detach())
+    )
+
+
 BODIES = [view_of_bits, operands_by_name, written_to_what_is_given, rows_until_there_are_none, place_in_memory,
-          kept_from_the_last_call, heads_without_a_transpose]  # fmt: skip
+          kept_from_the_last_call, heads_without_a_transpose, own_rows_of_what_was_cut, own_rows, writes_if_asked,
+          norms_and_dropout, weights_of_another_class]  # fmt: skip
 
 
 CALLS = [torch.randn(2, SEQ, CHANNELS, generator=torch.Generator().manual_seed(i)) for i in range(5)]
@@ -110,6 +163,14 @@ def test_every_call_is_that_of_one_device(body, ranks):
         for hidden, one in zip(given, expected, strict=True):
             (found,) = values(parallel(hidden))
             assert difference(found, one) <= 1e-5
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_call_is_that_of_one_device_on_real_ranks_too(ranks, tmp_path):
+    results = run_on_ranks("untouched_calls", ranks, tmp_path)
+    for rank, (errors, counted, expected) in enumerate(results):
+        assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}, rank
+        assert counted == expected, rank
 
 
 def test_an_error_in_between_leaves_nothing_half_done():
