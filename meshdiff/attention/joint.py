@@ -10,10 +10,11 @@ from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.checks import check_ranks, describe, placement, plain_mask, read
 from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
-from meshdiff.attention.local import from_shard, scaled_dot_product_attention, to_shard
+from meshdiff.attention.local import scaled_dot_product_attention
 from meshdiff.attention.masks import whole_mask
 from meshdiff.attention.problem import Problem, chunk_ranges, count
 from meshdiff.placements import SEQUENCE, WHOLE
+from meshdiff.shards import from_shard, to_shard
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["joint_attention"]
