@@ -18,6 +18,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from meshdiff.compat import known
+
 __all__ = ["end_process", "end_with_launcher", "end_with_parent", "start_ranks"]
 
 _LAUNCHER = "MESHDIFF_LAUNCHER"  # in a rank's environment: the process that started it
@@ -47,8 +49,8 @@ def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
                 rdzv_endpoint="localhost:0",
                 local_addr="localhost",
                 max_restarts=0,
-                shutdown_timeout=10,
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
+                **known(LaunchConfig, shutdown_timeout=10),
             )
             elastic_launch(config, sys.executable)("-u", script, *arguments)
     except ChildFailedError as error:

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
+from meshdiff.compat import on_shards
 from meshdiff.errors import InputError
 
 __all__ = [
@@ -342,7 +343,7 @@ def replicate_buffers(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name, buffer in child.named_buffers(recurse=False):
             buffer = buffer.to(mesh.device_type)
             child._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return module
+    return on_shards(module)  # here, because weights that come and go are not put on the mesh by `replicate_module`
 
 
 def ring_of_groups(mesh: DeviceMesh, size: int) -> DeviceMesh:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_leaves
 
 from meshdiff import (
     CommsCounter,
@@ -31,7 +33,7 @@ from meshdiff import (
     simulate,
 )
 from meshdiff.mesh import place
-from meshdiff.simulation import on_each_rank
+from meshdiff.simulation import on_each_rank, unwrap
 
 NAMES = ("output", "query", "key", "value")
 
@@ -206,6 +208,18 @@ def test_joint_misuse_is_one_clear_error():
         ]:
             with pytest.raises(ValueError, match=message):
                 joint_attention(image, text)
+
+
+def test_on_one_rank_whole_tensors_are_shards_of_the_sequence():
+    x = torch.randn(1, 12, 4, 8)
+    expected = mesh_attention(x, x, x, is_causal=True), joint_attention((x, x, x), (x, x, x))
+    with simulate(1):
+        cp = init_mesh(Layout(), "cpu")["cp"]
+        for placements in product([Shard(1), Replicate()], repeat=3):
+            placed = tuple(place(x, cp, [placement]) for placement in placements)
+            attended = mesh_attention(*placed, is_causal=True), joint_attention(placed, placed)
+            for found, alone in zip(tree_leaves(attended), tree_leaves(expected), strict=True):
+                assert torch.equal(unwrap(found.full_tensor()), alone)
 
 
 @settings(max_examples=25)

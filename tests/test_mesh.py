@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from meshdiff import InputError, Layout, init_mesh, simulate
+from meshdiff import CommsCounter, InputError, Layout, init_mesh, simulate
 from meshdiff.mesh import place, replicate_module
-from meshdiff.simulation import rank_values
+from meshdiff.simulation import rank_values, unwrap
 
 
 @pytest.mark.parametrize(
@@ -93,3 +95,22 @@ def test_replicate_module_makes_every_parameter_and_buffer_a_dtensor():
         tensors = [*module.parameters(), *module.buffers()]
         assert len(tensors) == 7
         assert all(isinstance(t, DTensor) and t.placements == (Replicate(),) for t in tensors)
+
+
+def test_linear_layers_on_a_mesh_take_uneven_shards_of_a_batch():
+    linear, x, gradient = torch.nn.Linear(4, 3), torch.randn(2, 7, 4, requires_grad=True), torch.randn(2, 7, 3)
+    expected = linear(x)
+    expected.backward(gradient)
+    with simulate(3):
+        mesh = init_mesh(Layout(1, 3), "cpu")["cp"]
+        on_mesh = replicate_module(copy.deepcopy(linear), mesh)
+        shards = place(x.detach(), mesh, [Shard(1)]).requires_grad_()
+        with CommsCounter(mesh) as comms:
+            output = on_mesh(shards)
+            output.backward(place(gradient, mesh, [Shard(1)]))
+        assert comms.as_dict() == {}
+        assert output.placements == shards.grad.placements == (Shard(1),)
+        torch.testing.assert_close(unwrap(output.full_tensor()), expected)
+        tensors = ((shards, x), (on_mesh.weight, linear.weight), (on_mesh.bias, linear.bias))
+        for found, alone in tensors:
+            torch.testing.assert_close(unwrap(found.grad.full_tensor()), alone.grad)

@@ -7,9 +7,10 @@ from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.checks import check_ranks, describe, placement, plain_mask, read
 from meshdiff.attention.choice import AUTO, STRATEGIES, Choice, choose_strategy
-from meshdiff.attention.local import attend_rows, from_shard, scaled_dot_product_attention, to_shard
+from meshdiff.attention.local import attend_rows, scaled_dot_product_attention
 from meshdiff.attention.masks import whole_mask
 from meshdiff.placements import SEQUENCE, WHOLE
+from meshdiff.shards import from_shard, to_shard
 
 __all__ = ["MeshAttention", "explain_strategy", "mesh_attention"]
 

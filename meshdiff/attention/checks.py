@@ -20,7 +20,7 @@ from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
 from meshdiff.placements import SEQUENCE, WHOLE
 from meshdiff.simulation import is_simulated, rank_values
 
-__all__ = ["CHECK", "check_ranks", "describe", "digest", "is_checked", "placement", "plain_mask", "read"]
+__all__ = ["CHECK", "check_ranks", "describe", "digest", "is_checked", "is_placed", "placement", "plain_mask", "read"]
 
 CHECK = "MESHDIFF_CHECK"
 """The environment variable that makes every attention compare what its ranks hold."""
@@ -72,15 +72,15 @@ def read(
         )
     if query.device_mesh.ndim != 1 or not query.device_mesh == key.device_mesh == value.device_mesh:
         raise wrong('DTensors on one 1-D mesh, mesh["cp"] say')
-    placements = [placement(tensor) for tensor in tensors]
-    if placements not in ([SEQUENCE] * 3, [SEQUENCE, WHOLE, WHOLE]):
+    keys_placed = any(all(is_placed(tensor, where) for tensor in (key, value)) for where in (SEQUENCE, WHOLE))
+    if not is_placed(query, SEQUENCE) or not keys_placed:
         raise wrong(
             "[batch, seq, heads, head_dim] with query Shard(1), and key and value both Shard(1) or both Replicate()",
             f"use .redistribute(placements=[Shard(1)]), or, {TRANSPOSE}",
         )
     mesh = query.device_mesh
     problem = _problem(mesh, id(mesh), query.shape, key.shape[1], key.shape[2], query.dtype, is_causal, scale)
-    if placements[1] == SEQUENCE:
+    if placement(key) == SEQUENCE:
         choose_strategy(problem, strategy)
     return problem
 
@@ -114,6 +114,15 @@ def _problem(
 def placement(tensor: Tensor) -> Placement | None:
     """Of a DTensor on a 1-D mesh; None for a plain tensor."""
     return tensor.placements[0] if isinstance(tensor, DTensor) else None
+
+
+def is_placed(tensor: Tensor, where: Placement) -> bool:
+    """Whether a DTensor on a 1-D mesh is placed so, `SEQUENCE` or `WHOLE`.
+
+    On a mesh of one rank these are the same, and torch 2.11 makes one of the other.
+    """
+    found = placement(tensor)
+    return found == where or (found in (SEQUENCE, WHOLE) and tensor.device_mesh.size() == 1)  # type: ignore[attr-defined]
 
 
 def plain_mask(mask: Tensor) -> Tensor:

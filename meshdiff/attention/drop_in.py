@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from meshdiff.attention.attend import mesh_attention
 from meshdiff.attention.choice import AUTO
-from meshdiff.attention.local import to_shard
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.placements import SEQUENCE
+from meshdiff.shards import to_shard
 from meshdiff.simulation import largest, on_each_rank
 
 __all__ = ["sharded_attention"]

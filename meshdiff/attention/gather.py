@@ -22,12 +22,10 @@ from meshdiff.attention.blocks import wide
 from meshdiff.attention.exchange import all_to_all
 from meshdiff.attention.local import attend_rows, in_order, out_of_order
 from meshdiff.attention.problem import Problem, count
+from meshdiff.compat import all_gather
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["gather"]
-
-# Renamed after torch 2.11.
-_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 
 
 def gather(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -47,7 +45,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, problem: Problem, dtype: torch.dtype, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         ctx.problem, ctx.dtype = problem, key.dtype
         largest = max(map(count, problem.keys))
-        gathered = _all_gather(_pack(largest, key, value), 0, problem.mesh)
+        gathered = all_gather(_pack(largest, key, value), 0, problem.mesh)
         return _unpack(funcol.wait_tensor(gathered).to(dtype), problem)
 
     @staticmethod

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshdiff.attention.checks import check_ranks, describe, placement, plain_mask, read
+from meshdiff.attention.checks import check_ranks, describe, is_placed, plain_mask, read
 from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
-from meshdiff.attention.local import from_shard, scaled_dot_product_attention, to_shard
+from meshdiff.attention.local import scaled_dot_product_attention
 from meshdiff.attention.masks import whole_mask
 from meshdiff.attention.problem import Problem, chunk_ranges
 from meshdiff.placements import SEQUENCE, WHOLE
+from meshdiff.shards import from_shard, to_shard
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["attend_beside", "joint_attention"]
@@ -83,7 +84,7 @@ def joint_attention(
     if of_image is None or of_text is None or of_image.mesh != of_text.mesh:
         raise wrong("image and text as DTensors on one mesh")
     assert isinstance(text[0], DTensor)
-    if placement(image[1]) != SEQUENCE or placement(key) != SEQUENCE:
+    if not is_placed(image[1], SEQUENCE) or not is_placed(key, SEQUENCE):
         raise wrong(
             "image Shard(1), and text Shard(1) or Replicate(), in all of query, key and value",
             "use .redistribute(placements=[Shard(1)])",

@@ -14,10 +14,10 @@ from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.attention.choice import AUTO
 from meshdiff.attention.drop_in import sharded_attention
-from meshdiff.attention.local import to_shard
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.mesh import replicate_module
 from meshdiff.placements import SEQUENCE
+from meshdiff.shards import to_shard
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["ContextParallel"]

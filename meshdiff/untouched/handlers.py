@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from meshdiff.attention.local import contiguous_stride, to_shard, wrap
+from meshdiff.shards import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.tensors import sharded_dim
 

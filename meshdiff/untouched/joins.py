@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from meshdiff.attention.checks import check_ranks
 from meshdiff.attention.joint import attend_beside
-from meshdiff.attention.local import contiguous_stride, wrap
 from meshdiff.attention.problem import chunk_ranges
+from meshdiff.shards import contiguous_stride, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.cuts import plain_index

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from meshdiff.attention import mesh_attention
-from meshdiff.attention.local import contiguous_stride, to_shard, wrap
+from meshdiff.shards import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.handlers import Handlers, by_shard
 from meshdiff.untouched.joins import attention_of_joins

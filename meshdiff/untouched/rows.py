@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from meshdiff.attention.exchange import all_to_all
-from meshdiff.attention.local import contiguous_stride, wrap
 from meshdiff.attention.problem import chunk_ranges
+from meshdiff.shards import contiguous_stride, wrap
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["Piece", "move", "nothing_moves", "plan_of", "rearrange", "unfilled"]

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map_only
 
-from meshdiff.attention.local import to_shard, wrap
 from meshdiff.placements import WHOLE
+from meshdiff.shards import to_shard, wrap
 
 __all__ = [
     "all_whole",
