@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -98,12 +99,13 @@ def checked_error(ours: Ours, theirs: Callable[[], Tensor], config: Config) -> f
 
 
 def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each in each round, those of the slowest rank; a first round warms up."""
+    """Seconds of each in each round, those of the slowest rank; a first round warms up.
+
+    What ran before leaves its traces, a rank that had nothing to do above all: so the order is another in each round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
     for round_number in range(rounds + 1):
-        first = round_number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(round_number).sample(list(contenders), len(contenders)):
             from_every_rank(None)
             start = time.perf_counter()
             contenders[name]()

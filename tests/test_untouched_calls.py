@@ -111,6 +111,13 @@ def norms_and_dropout(block, x, y):
     )
 
 
+def norms_while_rows_wait(block, x, y):
+    cut = (y * 2)[:, 2:5]
+    # Of two dtypes, torch makes it of operations some of which write to what others made.
+    normed = F.rms_norm(y, (CHANNELS,), weight=block.attn_in.bias.bfloat16(), eps=1e-3)
+    return normed + cut.mean(1, keepdim=True)
+
+
 class Twice(Tensor):
     """A weight of another class, which stands for twice its values."""
 
@@ -134,7 +141,7 @@ def weights_of_another_class(block, x, y):
 
 BODIES = [view_of_bits, operands_by_name, written_to_what_is_given, rows_until_there_are_none, place_in_memory,
           kept_from_the_last_call, heads_without_a_transpose, own_rows_of_what_was_cut, own_rows, writes_if_asked,
-          norms_and_dropout, weights_of_another_class]  # fmt: skip
+          norms_and_dropout, norms_while_rows_wait, weights_of_another_class]  # fmt: skip
 
 
 CALLS = [torch.randn(2, SEQ, CHANNELS, generator=torch.Generator().manual_seed(i)) for i in range(5)]

@@ -80,7 +80,7 @@ class OnShards(TorchFunctionMode):
         if func in KNOWABLE and self.does_again() and not self._waits(args):
             key = described(func, args, kwargs)
             if key is not None and (known := self.known.get(key)) is not None:
-                return known.again(func, args, kwargs)
+                return known.again(func, args, kwargs, self.unguarded)
         if getattr(func, "__self__", None) is Tensor.data:
             if func.__name__ != "__get__":
                 raise Unsafe("data is given to a tensor, which no operation shows")
@@ -133,7 +133,7 @@ class OnShards(TorchFunctionMode):
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
         key = described(func, args, kwargs) if func in KNOWABLE and self.does_again() else None
         if key is not None and (result := self.known.get(key)) is not None:
-            return result.again(func, args, kwargs)
+            return result.again(func, args, kwargs, self.unguarded)
         args, kwargs = all_whole(args, self.mesh), {name: all_whole(kwargs[name], self.mesh) for name in kwargs}
         made = map_dtensors(settled, func(*args, **kwargs))
         if key is not None:

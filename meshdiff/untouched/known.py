@@ -10,7 +10,8 @@ operation that is done again there is little more than making that DTensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ class Result:
     Other modes have, such as a counter of FLOPs or simulated ranks, and tensors of other classes.
     """
 
-    def again(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def again(self, func: Any, args: Any, kwargs: Any, unguarded: Callable[[], AbstractContextManager[None]]) -> Any:
         """The result, for operands of the same key; nothing is sent."""
         if not self.specs:
             return args[0]
@@ -78,7 +79,8 @@ class Result:
             with torch._C._DisableTorchDispatch():
                 made = self._of_own(func, own, kwargs)
         else:
-            made = self._of_own(func, own, kwargs)
+            with unguarded():
+                made = self._of_own(func, own, kwargs)
         if self.several is None:
             return DTensor(made, self.specs[0], requires_grad=False)
         return self.several(DTensor(part, one, requires_grad=False) for part, one in zip(made, self.specs, strict=True))
