@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,28 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["contiguous_stride", "from_shard", "to_shard", "wrap"]
+__all__ = ["contiguous_stride", "from_shard", "kept_by_mesh", "to_shard", "wrap"]
+
+Arguments = TypeVarTuple("Arguments")
+R = TypeVar("R")
+
+
+def kept_by_mesh(function: Callable[[DeviceMesh, *Arguments], R]) -> Callable[[DeviceMesh, *Arguments], R]:
+    """`lru_cache` of a function of a mesh and more.
+
+    Meshes over the same ranks are equal to each other, those of a process group that has ended too, so
+    it goes by which mesh it is. While a graph is compiled, nothing is kept.
+    """
+
+    @lru_cache(maxsize=4096)
+    def kept(_which: int, mesh: DeviceMesh, arguments: tuple[*Arguments]) -> R:
+        return function(mesh, *arguments)
+
+    @wraps(function)
+    def call(mesh: DeviceMesh, *arguments: *Arguments) -> R:
+        return function(mesh, *arguments) if torch.compiler.is_compiling() else kept(id(mesh), mesh, arguments)
+
+    return call
 
 
 def from_shard(shard: Tensor, mesh: DeviceMesh, placement: Placement, like: Tensor) -> DTensor:
@@ -31,14 +53,13 @@ def wrap(local: Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Siz
         return DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
     if local.requires_grad:  # a weight, while gradients are off
         local = local.detach()
-    return DTensor(local, _spec(mesh, id(mesh), placement, shape, stride, local.dtype), requires_grad=False)
+    return DTensor(local, _spec(mesh, placement, shape, stride, local.dtype), requires_grad=False)
 
 
-@lru_cache(maxsize=4096)
+@kept_by_mesh
 def _spec(
-    mesh: DeviceMesh, _same: int, placement: Placement, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
+    mesh: DeviceMesh, placement: Placement, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype
 ) -> DTensorSpec:
-    """`_same` is the mesh's id: meshes of different process groups are equal to each other."""
     return DTensorSpec(mesh, (placement,), tensor_meta=TensorMeta(shape, stride, dtype))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.distributed.tensor.placement_types import Placement
 from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
 from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
 from meshdiff.placements import SEQUENCE, WHOLE
+from meshdiff.shards import kept_by_mesh
 from meshdiff.simulation import is_simulated, rank_values
 
 __all__ = ["CHECK", "check_ranks", "describe", "digest", "is_checked", "is_placed", "placement", "plain_mask", "read"]
@@ -79,16 +79,15 @@ def read(
             f"use .redistribute(placements=[Shard(1)]), or, {TRANSPOSE}",
         )
     mesh = query.device_mesh
-    problem = _problem(mesh, id(mesh), query.shape, key.shape[1], key.shape[2], query.dtype, is_causal, scale)
+    problem = _problem(mesh, query.shape, key.shape[1], key.shape[2], query.dtype, is_causal, scale)
     if placement(key) == SEQUENCE:
         choose_strategy(problem, strategy)
     return problem
 
 
-@lru_cache(maxsize=1024)
+@kept_by_mesh
 def _problem(
     mesh: DeviceMesh,
-    _same: int,
     query: torch.Size,
     keys: int,
     kv_heads: int,
@@ -96,7 +95,6 @@ def _problem(
     is_causal: bool,
     scale: float | None,
 ) -> Problem:
-    """`_same` is the mesh's id: meshes of different process groups are equal to each other."""
     return Problem(
         mesh=mesh,
         batch=query[0],

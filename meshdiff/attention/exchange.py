@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.problem import Tokens
+from meshdiff.shards import kept_by_mesh
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["Exchange", "all_to_all", "heads_to_sequence", "sequence_to_heads"]
@@ -37,14 +37,13 @@ def all_to_all(buffer: Tensor, output_sizes: Sequence[int], input_sizes: Sequenc
     if torch.compiler.is_compiling():
         received = funcol.all_to_all_single(buffer, list(output_sizes), list(input_sizes), mesh)
         return funcol.wait_tensor(received)
-    ops, name = torch.ops._c10d_functional, _group_name(mesh, id(mesh))
+    ops, name = torch.ops._c10d_functional, _group_name(mesh)
     received = ops.all_to_all_single.default(buffer, list(output_sizes), list(input_sizes), name)
     return ops.wait_tensor.default(received)
 
 
-@lru_cache(maxsize=64)
-def _group_name(mesh: DeviceMesh, _same: int) -> str:
-    """`_same` is the mesh's id: meshes of different process groups are equal to each other."""
+@kept_by_mesh
+def _group_name(mesh: DeviceMesh) -> str:
     return mesh.get_group().group_name
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -17,7 +16,7 @@ from meshdiff.attention.local import scaled_dot_product_attention
 from meshdiff.attention.masks import whole_mask
 from meshdiff.attention.problem import Problem, chunk_ranges
 from meshdiff.placements import SEQUENCE, WHOLE
-from meshdiff.shards import from_shard, to_shard
+from meshdiff.shards import from_shard, kept_by_mesh, to_shard
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["attend_beside", "joint_attention"]
@@ -136,16 +135,15 @@ def attend_beside(
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     problem = _beside_problem(
-        mesh, id(mesh), sizes, query.shape[0], heads, kv_heads, query.shape[3], query.dtype, is_causal, scale
+        mesh, sizes, query.shape[0], heads, kv_heads, query.shape[3], query.dtype, is_causal, scale
     )
     mask = attn_mask if attn_mask is None else whole_mask(attn_mask, *_sizes(query, sum(sizes)))
     return STRATEGIES[choose_strategy(problem, strategy).strategy](problem, query, key, value, mask)
 
 
-@lru_cache(maxsize=1024)
+@kept_by_mesh
 def _beside_problem(
     mesh: DeviceMesh,
-    _same: int,
     sizes: tuple[int, ...],
     batch: int,
     heads: int,
@@ -155,7 +153,6 @@ def _beside_problem(
     is_causal: bool,
     scale: float | None,
 ) -> Problem:
-    """`_same` is the mesh's id: meshes of different process groups are equal to each other."""
     starts = accumulate(sizes, initial=0)
     ranges = [chunk_ranges(size, mesh.size(), start) for size, start in zip(sizes, starts, strict=False)]
     tokens = tuple(zip(*ranges, strict=True))

@@ -13,16 +13,17 @@ heads wait.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
 from meshdiff.attention.local import in_order, is_in_order, out_of_order, scaled_dot_product_attention
 from meshdiff.attention.masks import part
 from meshdiff.attention.problem import Problem, Tokens, count
+from meshdiff.shards import kept_by_mesh
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["ulysses"]
@@ -35,7 +36,7 @@ def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: T
         (queries,), (keys,) = problem.queries, problem.keys
         query, key, value = in_order(query, queries), in_order(key, keys), in_order(value, keys)
         return out_of_order(_attend(problem, rank, query, key, value, mask), queries)
-    of_queries, of_keys, of_all = _exchanges(problem)
+    of_queries, of_keys, of_all = _exchanges(problem.mesh, problem)
     if of_all is not None:
         query, key, value = sequence_to_heads(of_all, query, key, value)
     else:
@@ -45,13 +46,13 @@ def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: T
     return heads_to_sequence(of_queries, attended)[0]
 
 
-@lru_cache(maxsize=1024)
-def _exchanges(problem: Problem) -> tuple[Exchange, Exchange, Exchange | None]:
+@kept_by_mesh
+def _exchanges(mesh: DeviceMesh, problem: Problem) -> tuple[Exchange, Exchange, Exchange | None]:
     """Of query, of key and value, and of all three where they have the same tokens."""
 
     def exchange(tokens: tuple[Tokens, ...], *heads: tuple[range, ...]) -> Exchange:
         order = None if is_in_order(chain.from_iterable(tokens)) else tokens
-        return Exchange(problem.mesh, (tuple(map(count, tokens)),), heads, order=order)
+        return Exchange(mesh, (tuple(map(count, tokens)),), heads, order=order)
 
     own, of_keys = problem.query_heads(problem.ranks), problem.key_heads(problem.ranks)
     together = exchange(problem.queries, own, of_keys, of_keys) if problem.queries == problem.keys else None
