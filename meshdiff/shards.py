@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, TypeVar, TypeVarTuple
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,28 +12,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["contiguous_stride", "from_shard", "kept_by_mesh", "to_shard", "wrap"]
+from meshdiff.kept import kept, kept_by_mesh
 
-Arguments = TypeVarTuple("Arguments")
-R = TypeVar("R")
-
-
-def kept_by_mesh(function: Callable[[DeviceMesh, *Arguments], R]) -> Callable[[DeviceMesh, *Arguments], R]:
-    """`lru_cache` of a function of a mesh and more.
-
-    Meshes over the same ranks are equal to each other, those of a process group that has ended too, so
-    it goes by which mesh it is. While a graph is compiled, nothing is kept.
-    """
-
-    @lru_cache(maxsize=4096)
-    def kept(_which: int, mesh: DeviceMesh, arguments: tuple[*Arguments]) -> R:
-        return function(mesh, *arguments)
-
-    @wraps(function)
-    def call(mesh: DeviceMesh, *arguments: *Arguments) -> R:
-        return function(mesh, *arguments) if torch.compiler.is_compiling() else kept(id(mesh), mesh, arguments)
-
-    return call
+__all__ = ["contiguous_stride", "from_shard", "of_spec", "place_on", "to_shard", "wrap"]
 
 
 def from_shard(shard: Tensor, mesh: DeviceMesh, placement: Placement, like: Tensor) -> DTensor:
@@ -42,7 +22,7 @@ def from_shard(shard: Tensor, mesh: DeviceMesh, placement: Placement, like: Tens
     return wrap(shard, mesh, placement, like.shape, contiguous_stride(like.shape))
 
 
-@lru_cache(maxsize=4096)
+@kept
 def contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
@@ -53,7 +33,22 @@ def wrap(local: Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Siz
         return DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
     if local.requires_grad:  # a weight, while gradients are off
         local = local.detach()
-    return DTensor(local, _spec(mesh, placement, shape, stride, local.dtype), requires_grad=False)
+    return of_spec(local, _spec(mesh, placement, shape, stride, local.dtype))
+
+
+def of_spec(local: Tensor, spec: DTensorSpec) -> DTensor:
+    """The DTensor of which this rank holds `local`; without gradients."""
+    return _new(DTensor, local, spec, requires_grad=False)
+
+
+_new = inspect.unwrap(DTensor.__new__)
+"""Without what torch wraps it in to keep it out of graphs that are compiled, which takes as long again."""
+
+
+@kept_by_mesh
+def place_on(mesh: DeviceMesh) -> tuple[int, int]:
+    """How many ranks a 1-D mesh has, and which of them this one is."""
+    return mesh.size(), mesh.get_local_rank()
 
 
 @kept_by_mesh

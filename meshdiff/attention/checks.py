@@ -16,8 +16,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
 from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
+from meshdiff.kept import kept_by_mesh
 from meshdiff.placements import SEQUENCE, WHOLE
-from meshdiff.shards import kept_by_mesh
 from meshdiff.simulation import is_simulated, rank_values
 
 __all__ = ["CHECK", "check_ranks", "describe", "digest", "is_checked", "is_placed", "placement", "plain_mask", "read"]

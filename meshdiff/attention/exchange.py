@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.problem import Tokens
-from meshdiff.shards import kept_by_mesh
+from meshdiff.kept import kept_by_mesh
+from meshdiff.shards import place_on
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["Exchange", "all_to_all", "heads_to_sequence", "sequence_to_heads"]
@@ -100,7 +101,7 @@ class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        mesh, group, rank = exchange.mesh, exchange.group, exchange.mesh.get_local_rank()
+        mesh, group, (_, rank) = exchange.mesh, exchange.group, place_on(exchange.mesh)
         unit = shards[0].shape[0] * shards[0].shape[3]
         received = all_to_all(
             _pack_tokens(exchange, rank, *shards),
@@ -119,7 +120,7 @@ class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, *shards: Tensor) -> tuple[Tensor, ...]:
         ctx.exchange = exchange
-        mesh, group, rank = exchange.mesh, exchange.group, exchange.mesh.get_local_rank()
+        mesh, group, (_, rank) = exchange.mesh, exchange.group, place_on(exchange.mesh)
         batch, _, _, head_dim = shards[0].shape
         received = all_to_all(
             _pack_heads(exchange, *shards),

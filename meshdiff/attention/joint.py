@@ -15,8 +15,9 @@ from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
 from meshdiff.attention.local import scaled_dot_product_attention
 from meshdiff.attention.masks import whole_mask
 from meshdiff.attention.problem import Problem, chunk_ranges
+from meshdiff.kept import kept_by_mesh
 from meshdiff.placements import SEQUENCE, WHOLE
-from meshdiff.shards import from_shard, kept_by_mesh, to_shard
+from meshdiff.shards import from_shard, to_shard
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["attend_beside", "joint_attention"]

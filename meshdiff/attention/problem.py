@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.kept import kept
 
 __all__ = ["Problem", "Tokens", "chunk_ranges", "chunk_sizes", "count"]
 
@@ -86,7 +87,7 @@ def chunk_sizes(length: int, chunks: int) -> list[int]:
     return [max(0, min(size, length - i * size)) for i in range(chunks)]
 
 
-@lru_cache(maxsize=4096)
+@kept
 def chunk_ranges(length: int, chunks: int, start: int = 0) -> tuple[range, ...]:
     """The same as ranges of positions, the first of which is `start`.
 

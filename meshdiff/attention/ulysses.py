@@ -23,7 +23,8 @@ from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to
 from meshdiff.attention.local import in_order, is_in_order, out_of_order, scaled_dot_product_attention
 from meshdiff.attention.masks import part
 from meshdiff.attention.problem import Problem, Tokens, count
-from meshdiff.shards import kept_by_mesh
+from meshdiff.kept import kept_by_mesh
+from meshdiff.shards import place_on
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["ulysses"]
@@ -31,7 +32,7 @@ __all__ = ["ulysses"]
 
 def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
-    rank = problem.mesh.get_local_rank()
+    _, rank = place_on(problem.mesh)
     if problem.ranks == 1:
         (queries,), (keys,) = problem.queries, problem.keys
         query, key, value = in_order(query, queries), in_order(key, keys), in_order(value, keys)

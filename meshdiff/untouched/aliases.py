@@ -19,8 +19,10 @@ __all__ = ["Aliases", "memory"]
 
 def memory(tensor: Tensor) -> UntypedStorage:
     """The memory of a plain tensor, or of this rank's part of a DTensor; in a simulation the first rank's."""
-    with torch.no_grad():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = tensor
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            local = tensor.to_local()
     local = getattr(local, "elem", local)  # what a collective that is under way will leave
     return rank_values(local)[0].untyped_storage()
 

@@ -22,7 +22,7 @@ from meshdiff.untouched.aliases import Aliases, memory
 from meshdiff.untouched.guard import Guard, NotOnShards, Unsafe
 from meshdiff.untouched.handlers import Handlers
 from meshdiff.untouched.joins import BY_PARTS, by_parts
-from meshdiff.untouched.known import KNOWABLE, Known, described
+from meshdiff.untouched.known import KNOWABLE, WRITES_IF_ASKED, Known, described, unseen
 from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.rows import Piece, rearrange
@@ -85,10 +85,12 @@ class OnShards(TorchFunctionMode):
             if func.__name__ != "__get__":
                 raise Unsafe("data is given to a tensor, which no operation shows")
             func = Tensor.detach  # alike, but writes to it are counted: a call that starts again has to know of them
-        if next(dtensors((args, kwargs)), None) is None:
+        if not _takes_shards(args, kwargs):
             if func is F.scaled_dot_product_attention:
                 given = (*args, *(kwargs[name] for name in ("query", "key") if name in kwargs))
                 self.on_attention(given[0], given[1], False)
+            if func in KNOWABLE and self.recorder is None and not kwargs and func not in WRITES_IF_ASKED:
+                return unseen(func, *args)
             return func(*args, **kwargs)
         if func in UNKNOWABLE:
             raise Unsafe(f"{func.__name__} looks at the memory of a tensor, of which a rank holds a part")
@@ -111,8 +113,8 @@ class OnShards(TorchFunctionMode):
                 return result
         return self.run(func, args, kwargs)
 
-    def _waits(self, values: Any) -> bool:
-        return bool(self.pending) and any(tensor in self.pending for tensor in dtensors(values))
+    def _waits(self, args: Any) -> bool:
+        return bool(self.pending) and any(type(arg) is DTensor and arg in self.pending for arg in args)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """By DTensor's rules if they are known to be right, else on whole tensors."""
@@ -217,6 +219,13 @@ DESCRIPTIONS = {
     *(torch.is_floating_point, torch.is_complex),
 }
 """A DTensor says of itself what a tensor of one device does; nothing runs."""
+
+
+def _takes_shards(args: Any, kwargs: Any) -> bool:
+    for arg in args:  # most take them here, and a generator takes longer
+        if type(arg) is DTensor:
+            return True
+    return next(dtensors((args, kwargs)), None) is not None
 
 
 def _name(func: Any) -> str:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from meshdiff.attention.checks import check_ranks
 from meshdiff.attention.joint import attend_beside
 from meshdiff.attention.problem import chunk_ranges
-from meshdiff.shards import contiguous_stride, wrap
+from meshdiff.shards import contiguous_stride, place_on, wrap
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.cuts import plain_index
@@ -112,7 +112,7 @@ class Joined:
 def _again(on: OnShards, known: Joined, func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> Any:
     """On this rank's rows of all parts, side by side, by what is known of the result."""
     join = next(iter(joins.values()))
-    ranks, rank = on.mesh.size(), on.mesh.get_local_rank()
+    ranks, rank = place_on(on.mesh)
 
     def own(tensor: Tensor) -> Tensor:
         if id(tensor) in joins:
@@ -162,7 +162,7 @@ def _side_by_side(on: OnShards, tensor: Tensor, join: Join) -> Tensor:
     dim = tensor.ndim + join.dim
     whole = tuple(part.placements[0].is_replicate() for part in join.parts)
     own = [part.to_local() for part in join.parts]
-    rows = _lay(dim, join.sizes, whole, on.mesh.size(), on.mesh.get_local_rank(), *own)
+    rows = _lay(dim, join.sizes, whole, *place_on(on.mesh), *own)
     if memory(rows)._cdata != memory(own[0])._cdata:
         on.pending.take_from(tensor, _parts(on, rows, tensor.shape, tensor.stride(), dim, join.sizes))
     return rows
@@ -202,7 +202,7 @@ def _parts(
     on: OnShards, rows: Tensor, shape: Sequence[int], stride: tuple[int, ...], dim: int, sizes: Sequence[int]
 ) -> tuple[DTensor, ...]:
     """The parts that lie side by side on each rank."""
-    views = _views(rows, dim, tuple(sizes), on.mesh.size(), on.mesh.get_local_rank())
+    views = _views(rows, dim, tuple(sizes), *place_on(on.mesh))
     return tuple(
         wrap(view, on.mesh, Shard(dim), torch.Size((*shape[:dim], size, *shape[dim + 1 :])), stride)
         for view, size in zip(views, sizes, strict=True)

@@ -24,11 +24,23 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
 from meshdiff.attention.problem import chunk_ranges
+from meshdiff.shards import of_spec, place_on
 from meshdiff.simulation import on_each_rank
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.tensors import LEAVES, sharded_dim
 
-__all__ = ["KNOWABLE", "POINTWISE", "RESHAPES", "Key", "Known", "Result", "described", "run_on_shards"]
+__all__ = [
+    "KNOWABLE",
+    "POINTWISE",
+    "RESHAPES",
+    "WRITES_IF_ASKED",
+    "Key",
+    "Known",
+    "Result",
+    "described",
+    "run_on_shards",
+    "unseen",
+]
 
 _NAMES = ("add", "sub", "mul", "div", "neg", "abs", "pow", "exp", "sin", "cos", "tanh", "sigmoid", "sqrt", "rsqrt")
 POINTWISE = {getattr(where, name) for where in (torch, Tensor) for name in _NAMES}
@@ -60,30 +72,27 @@ class Result:
     """Of each operand that is whole, the dim of which a rank takes its rows; nothing if there is no such operand."""
     rows: tuple[int, int, int, int] = (0, 0, 1, 0)
     """The sharded dim of the first result, its length, how many ranks share it and which this one is."""
-    unseen: bool = True
-    """Whether the guard need not look, which takes longer than most operations: nobody has a say but torch itself.
-
-    Other modes have, such as a counter of FLOPs or simulated ranks, and tensors of other classes.
-    """
+    is_plain: bool = True
+    """Whether all operands are tensors of which no class of their own has a say."""
 
     def again(self, func: Any, args: Any, kwargs: Any, unguarded: Callable[[], AbstractContextManager[None]]) -> Any:
         """The result, for operands of the same key; nothing is sent."""
         if not self.specs:
             return args[0]
-        own, unseen = list(args), self.unseen and torch._C._len_torch_dispatch_stack() == 1
+        own, is_plain = list(args), self.is_plain
         for i, arg in enumerate(args):
             if type(arg) is DTensor:
                 own[i] = arg.to_local()
-                unseen = unseen and type(own[i]) is Tensor
-        if unseen:
+                is_plain = is_plain and type(own[i]) is Tensor
+        if is_plain and _is_guarded_only():
             with torch._C._DisableTorchDispatch():
                 made = self._of_own(func, own, kwargs)
         else:
             with unguarded():
                 made = self._of_own(func, own, kwargs)
         if self.several is None:
-            return DTensor(made, self.specs[0], requires_grad=False)
-        return self.several(DTensor(part, one, requires_grad=False) for part, one in zip(made, self.specs, strict=True))
+            return of_spec(made, self.specs[0])
+        return self.several(map(of_spec, made, self.specs))
 
     def _of_own(self, func: Any, own: list[Any], kwargs: Any) -> Any:
         if func in RESHAPES:
@@ -91,6 +100,22 @@ class Result:
         if self.divided:
             return _on_own_rows(func, kwargs, self.divided, *self.rows, *own)
         return run_on_shards(func, kwargs, *own)
+
+
+def _is_guarded_only() -> bool:
+    """Whether the guard, which need not look at what is known, is the only mode: not a counter of FLOPs, say, as well.
+
+    To have it look takes longer than most operations.
+    """
+    return torch._C._len_torch_dispatch_stack() == 1
+
+
+def unseen(func: Any, *args: Any) -> Any:
+    """A function of `KNOWABLE` on whole tensors, which is none of the guard's business."""
+    if _is_guarded_only() and all(type(arg) in PLAIN for arg in args if isinstance(arg, Tensor)):
+        with torch._C._DisableTorchDispatch():
+            return func(*args)
+    return func(*args)
 
 
 class Known:
@@ -182,15 +207,15 @@ def _learnt(func: Any, args: Any, kwargs: Any, result: Any) -> Result | None:
     if not results or not all(type(one) is DTensor and type(one.placements[0]) is Shard for one in results):
         return None
     specs, rows = tuple(one._spec for one in results), _rows(results[0]._spec)
-    unseen = all(
+    is_plain = all(
         type(tensor) in (*PLAIN, DTensor) for tensor in (*args, *kwargs.values()) if isinstance(tensor, Tensor)
     )
     if func in RESHAPES or func in REORDERS:
         if any(memory(one)._cdata != memory(args[0])._cdata for one in results):
             return None  # a copy, of which somebody has to be told
-        return Result(specs, several, (), rows, unseen)
+        return Result(specs, several, (), rows, is_plain)
     if func in ROW_BY_ROW:
-        return Result(specs, several, (), rows, unseen) if sharded_dim(args[0]) is not None else None
+        return Result(specs, several, (), rows, is_plain) if sharded_dim(args[0]) is not None else None
     dim, length, *_ = rows
     for arg in args:
         if isinstance(arg, DTensor) and not arg.placements[0].is_replicate():
@@ -198,7 +223,7 @@ def _learnt(func: Any, args: Any, kwargs: Any, result: Any) -> Result | None:
             if own is None or own - arg.ndim != dim - results[0].ndim or arg.shape[own] != length:
                 return None
     divided = tuple(_dim_to_divide(arg, dim - results[0].ndim, length) for arg in args)
-    return Result(specs, several, divided if any(own is not None for own in divided) else (), rows, unseen)
+    return Result(specs, several, divided if any(own is not None for own in divided) else (), rows, is_plain)
 
 
 def _can_be_known(func: Any, args: Any, kwargs: Any) -> bool:
@@ -216,7 +241,7 @@ def _rows(spec: DTensorSpec) -> tuple[int, int, int, int]:
     """The sharded dim, its length, how many ranks share it and which this one is."""
     placement = spec.placements[0]
     assert isinstance(placement, Shard)
-    return placement.dim, spec.shape[placement.dim], spec.mesh.size(), spec.mesh.get_local_rank()
+    return placement.dim, spec.shape[placement.dim], *place_on(spec.mesh)
 
 
 def _dim_to_divide(arg: Any, dim: int, length: int) -> int | None:

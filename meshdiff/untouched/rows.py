@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from meshdiff.attention.exchange import all_to_all
 from meshdiff.attention.problem import chunk_ranges
-from meshdiff.shards import contiguous_stride, wrap
+from meshdiff.shards import contiguous_stride, place_on, wrap
 from meshdiff.simulation import on_each_rank
 
 __all__ = ["Piece", "move", "nothing_moves", "plan_of", "rearrange", "unfilled"]
@@ -179,7 +179,7 @@ def _rearranged(
 def unfilled(like: DTensor, length: int, zeros: bool, dim: int, stride: tuple[int, ...] | None) -> DTensor:
     """A DTensor of as many rows, whose values are whatever was there, or zeros."""
     mesh = like.device_mesh
-    shard = _memory(like.to_local(), zeros, length, mesh.size(), mesh.get_local_rank(), dim)
+    shard = _memory(like.to_local(), zeros, length, *place_on(mesh), dim)
     shape = torch.Size((*like.shape[:dim], length, *like.shape[dim + 1 :]))
     return wrap(shard, mesh, Shard(dim), shape, stride or contiguous_stride(shape))
 
@@ -194,7 +194,7 @@ def _memory(like: Tensor, zeros: bool, length: int, ranks: int, rank: int, dim: 
 def move(sources: Sequence[DTensor], outputs: Sequence[Sequence[Piece]], dim: int, into: Sequence[DTensor]) -> None:
     """Fill DTensors with their pieces of others; see `rearrange`. Not differentiable."""
     mesh, plan = sources[0].device_mesh, plan_of(sources, outputs, dim)
-    rank = mesh.get_local_rank()
+    _, rank = place_on(mesh)
     shards = [source.to_local() for source in sources]
     row = math.prod(size for other, size in enumerate(sources[0].shape) if other != dim)
     received = None
