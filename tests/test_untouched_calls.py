@@ -97,6 +97,20 @@ def own_rows(block, x, y):
     return made
 
 
+def own_rows_that_were_joined(block, x, y):
+    y = y * 1
+    joined = torch.cat([y[:, 3:], x[:, :3]], dim=1)
+    y[..., ::2] = x[..., 1::2]
+    return y + joined
+
+
+def own_rows_that_may_be_cut(block, x, y):
+    y = y * 1
+    cut = y[:, 2:5] if getattr(block, "cuts", False) else x
+    y[..., ::2] = x[..., 1::2]
+    return y + cut.mean(1, keepdim=True)
+
+
 def writes_if_asked(block, x, y):
     z = F.silu(y)
     F.silu(y, inplace=True)
@@ -140,8 +154,9 @@ def weights_of_another_class(block, x, y):
 
 
 BODIES = [view_of_bits, operands_by_name, written_to_what_is_given, rows_until_there_are_none, place_in_memory,
-          kept_from_the_last_call, heads_without_a_transpose, own_rows_of_what_was_cut, own_rows, writes_if_asked,
-          norms_and_dropout, norms_while_rows_wait, weights_of_another_class]  # fmt: skip
+          kept_from_the_last_call, heads_without_a_transpose, own_rows_of_what_was_cut, own_rows,
+          own_rows_that_were_joined, writes_if_asked, norms_and_dropout, norms_while_rows_wait,
+          weights_of_another_class]  # fmt: skip
 
 
 CALLS = [torch.randn(2, SEQ, CHANNELS, generator=torch.Generator().manual_seed(i)) for i in range(5)]
@@ -178,6 +193,22 @@ def test_every_call_is_that_of_one_device_on_real_ranks_too(ranks, tmp_path):
     for rank, (errors, counted, expected) in enumerate(results):
         assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}, rank
         assert counted == expected, rank
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_write_that_would_miss_a_copy_from_some_call_on_is_noticed_then(ranks):
+    model = Tokens(own_rows_that_may_be_cut).requires_grad_(False)
+    with simulate(ranks):
+        parallel = parallelize(model, on_mesh(ranks))
+        for hidden in CALLS[:3]:
+            parallel(hidden)
+        for block in model.blocks:
+            block.cuts = True
+        with pytest.raises(RuntimeError, match="writes to memory that a view of it"):
+            parallel(CALLS[3])
+        (found,) = values(parallel(CALLS[3]))
+    parallel.remove()
+    assert difference(found, model(CALLS[3])) <= 1e-5
 
 
 def test_an_error_in_between_leaves_nothing_half_done():
