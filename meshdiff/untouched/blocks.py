@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from meshdiff.attention.problem import chunk_sizes
-from meshdiff.untouched.tensors import to_shards
+from meshdiff.untouched.tensors import dtensors, to_shards
 
-__all__ = ["find_blocks", "shard_tokens"]
+__all__ = ["become_shards", "find_blocks", "shard_tokens"]
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
@@ -46,33 +46,65 @@ def _attends(module: nn.Module) -> bool:
     return _is_block(module) and any("attn" in part or "attention" in part for part in parts)
 
 
-def shard_tokens(mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any, list[Any]]:
+def shard_tokens(
+    mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any, others: Collection[str] = ()
+) -> tuple[Any, Any, list[Any]]:
     """The arguments of a call of a block, the tokens among them sharded.
 
     The tokens are the first floating point tensor with at least two dims, and
     their sequence is the longest of the dims between the first and the last, or
-    the first, where these are too short for all ranks.
+    the first, where these are too short for all ranks. `others` are the names of
+    further arguments to treat in the same way, see `become_shards`.
 
     Returns:
         args and kwargs, and the pairs of plain tensors and what they became.
     """
+    arguments = _bound(block, args, kwargs)
+    tokens = next((value for value in arguments.values() if _may_be_tokens(value)), None)
+    wanted = [] if isinstance(tokens, DTensor) and tokens.placements[0].is_shard() else [tokens]
+    wanted += [arguments.get(name) for name in others]
+    became = []
+    for value in wanted:
+        dim = None if isinstance(value, DTensor) and value is not tokens else _sequence(value, mesh.size())
+        if isinstance(value, Tensor) and dim is not None:
+            shards = to_shards(value, mesh, dim)
+            args, kwargs = _replaced(args, kwargs, value, shards)
+            became.append((value, shards))
+    return args, kwargs, became
+
+
+def become_shards(mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any, output: Any) -> set[str]:
+    """The arguments, whole so far, that a block returns as shards: text of which it makes shards in joint attention.
+
+    It may as well be given them as shards.
+    """
+    returned = {(leaf.shape, leaf.placements[0]) for leaf in dtensors(output)}
+    found = set()
+    for name, value in _bound(block, args, kwargs).items():
+        dim = None if isinstance(value, DTensor) else _sequence(value, mesh.size())
+        if dim is not None and (value.shape, Shard(dim)) in returned:
+            found.add(name)
+    return found
+
+
+def _may_be_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+
+
+def _sequence(value: Any, ranks: int) -> int | None:
+    """The dim that ranks would share out; None if there is none that has something for each."""
+    if not _may_be_tokens(value):
+        return None
+    longest = sorted(range(1, value.ndim - 1), key=lambda i: -value.shape[i])[:1]
+    return next((dim for dim in (*longest, 0) if chunk_sizes(value.shape[dim], ranks)[-1]), None)
+
+
+def _bound(block: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name; none if they do not fit, of which the call itself will tell."""
     try:
-        bound = _signature(type(block).forward).bind(block, *args, **kwargs)
+        return _signature(type(block).forward).bind(block, *args, **kwargs).arguments
     except (TypeError, ValueError):
-        return args, kwargs, []
-    for value in (value for value in bound.arguments.values() if isinstance(value, Tensor)):
-        if not value.is_floating_point() or value.ndim < 2:
-            continue
-        if isinstance(value, DTensor) and value.placements[0].is_shard():
-            return args, kwargs, []
-        longest = sorted(range(1, value.ndim - 1), key=lambda i: -value.shape[i])[:1]
-        enough = [dim for dim in (*longest, 0) if chunk_sizes(value.shape[dim], mesh.size())[-1]]
-        if not enough:
-            return args, kwargs, []
-        dim = enough[0]
-        shards = to_shards(value, mesh, dim)
-        return *_replaced(args, kwargs, value, shards), [(value, shards)]
-    return args, kwargs, []
+        return {}
 
 
 @lru_cache(maxsize=1024)

@@ -20,7 +20,7 @@ from meshdiff.agreement import is_of_collective
 from meshdiff.attention.checks import is_checked
 from meshdiff.attention.choice import AUTO
 from meshdiff.untouched.aliases import Aliases
-from meshdiff.untouched.blocks import find_blocks, shard_tokens
+from meshdiff.untouched.blocks import become_shards, find_blocks, shard_tokens
 from meshdiff.untouched.functions import OnShards
 from meshdiff.untouched.guard import Guard, Unsafe
 from meshdiff.untouched.known import Known
@@ -98,6 +98,10 @@ class Parallelized:
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.whole: dict[str, str] = {}
         """Kinds of blocks that run on whole tensors, and why; "" is the whole model."""
+        self._others: dict[str, set[str]] = {}
+        """By kind of block, arguments beside the tokens that are sharded at its entry."""
+        self._found: dict[str, set[str]] = {}  # more of them, in the call that goes on
+        self._learns = True
         self._name, self._retreats = f"untouched-{next(_names)}", itertools.count()
         self._settled: set[Any] = set()
         self._report: Report | None = None
@@ -153,27 +157,45 @@ class Parallelized:
                 self._settled.discard(signature)
                 raise Unsafe(f"{error}; the next call will find out anew what can be shared out") from error
         check_alike(self.mesh, self.module, (args, kwargs))
-        output = self._find_out(args, kwargs)
-        self._settled.add(signature)
+        output, learnt = self._find_out(args, kwargs)
+        if learnt:
+            self._settled.clear()  # the next call of any shapes runs in another way
+        else:
+            self._settled.add(signature)
         if self.verify:
             self._compare(output, args, kwargs)
         return output
 
-    def _find_out(self, args: Any, kwargs: Any) -> Any:
-        """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again."""
+    def _find_out(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again.
+
+        Returns:
+            the output, and whether the next call is to be another one.
+        """
         before, known = Before(self.module, args, kwargs), dict(self.whole)
         while True:
             try:
-                return self._call_once(True, args, kwargs)
+                self._found = {}
+                output = self._call_once(True, args, kwargs)
             except Exception as error:
                 kind = self._to_retreat(error)
                 if kind is None:
                     self.whole = known  # it is not the mesh that is wrong
                     raise
                 before.check(error)
+                if any(self._others.values()):  # it may have been these
+                    others, self._others, self._learns = sorted(self._others), {}, False
+                    agree_to_retreat(self.mesh, f"{self._name}/{next(self._retreats)}", f"{others} whole", error)
+                    continue
                 # No name twice: what ranks wrote under an old one would let a rank go on before the others.
                 agree_to_retreat(self.mesh, f"{self._name}/{next(self._retreats)}", kind, error)
                 self.whole[kind] = explain(error)
+                continue
+            learnt = False
+            for kind, names in self._found.items():
+                learnt = learnt or not names <= self._others.get(kind, set())
+                self._others[kind] = self._others.get(kind, set()) | names
+            return output, learnt
 
     def _call_once(self, new: bool, args: Any, kwargs: Any) -> Any:
         if "" in self.whole:
@@ -240,7 +262,11 @@ class Parallelized:
         run, block = self._running, self.blocks[name]
         with run.inside(name, block):
             args, kwargs = self._entered(run, name, block, args, kwargs)
-            return self._block_forwards[name](*args, **kwargs)
+            output = self._block_forwards[name](*args, **kwargs)
+            if run.recorder is not None and self._learns:
+                found = become_shards(self.mesh, block, args, kwargs, output)
+                self._found.setdefault(type(block).__name__, set()).update(found)
+            return output
 
     def _entered(self, run: _Run, name: str, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a block: its tokens on shards, or everything whole."""
@@ -254,7 +280,7 @@ class Parallelized:
                 return plain
 
             return map_dtensors(gather, (args, kwargs))
-        args, kwargs, became = shard_tokens(self.mesh, block, args, kwargs)
+        args, kwargs, became = shard_tokens(self.mesh, block, args, kwargs, self._others.get(type(block).__name__, ()))
         for plain, shards in became:
             run.aliases.join(plain, shards)
         return args, kwargs
