@@ -133,6 +133,36 @@ def test_joins_that_nobody_looks_at_are_not_made(change, ranks):
         assert not parallel.whole
 
 
+class LooksAtMemory(JointBlock):
+    """Takes text in whole tensors only."""
+
+    def forward(self, hidden_states: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert text.data_ptr()
+        return super().forward(hidden_states, text)
+
+
+@pytest.mark.parametrize("kind", [JointBlock, LooksAtMemory])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_text_that_a_block_makes_shards_of_is_given_to_it_as_shards_if_it_takes_them(kind, ranks):
+    model = Joint().requires_grad_(False)
+    model.blocks = torch.nn.ModuleList([kind("")])
+    calls = [
+        {"hidden_states": given["hidden_states"] * i, "text": given["text"]}
+        for given in [inputs(11, 5)]
+        for i in (1, 2, 3)
+    ]
+    expected, shares = [model(**given) for given in calls], []
+    with torch.no_grad(), simulate(ranks):
+        parallel = parallelize(model, on_mesh(ranks))
+        for given, one in zip(calls, expected, strict=True):
+            (found,) = values(parallel(**given))
+            assert difference(found, one) <= BOUND
+            shares.append(parallel.report().sharded_share)
+        assert not parallel.whole
+    assert (shares[1] > shares[0]) == (kind is JointBlock)
+    assert shares[2] == shares[1]
+
+
 @pytest.mark.parametrize("variant", ["none", "rows", "elsewhere", "scatter", "data", "one row", *WRITES_TO_COPIES])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_writes_and_looks_are_those_of_one_device(variant, ranks):
