@@ -132,6 +132,11 @@ def norms_while_rows_wait(block, x, y):
     return normed + cut.mean(1, keepdim=True)
 
 
+def dropout_of_none_and_of_some(block, x, y):
+    torch.manual_seed(0)
+    return F.dropout(y, 0.0, True) + F.dropout(x * 1, 0.5, True) + F.dropout(y, 0.25, True) * F.dropout(x, 0.5, False)
+
+
 class Twice(Tensor):
     """A weight of another class, which stands for twice its values."""
 
@@ -149,14 +154,14 @@ class Twice(Tensor):
 
 def weights_of_another_class(block, x, y):
     return F.linear(x, Twice(block.attn_in.weight.detach())) + F.layer_norm(
-        y, (CHANNELS,), Twice(block.attn_in.bias.detach())
+        y * Twice(block.attn_in.bias.detach()), (CHANNELS,), Twice(block.attn_in.bias.detach())
     )
 
 
 BODIES = [view_of_bits, operands_by_name, written_to_what_is_given, rows_until_there_are_none, place_in_memory,
           kept_from_the_last_call, heads_without_a_transpose, own_rows_of_what_was_cut, own_rows,
-          own_rows_that_were_joined, writes_if_asked, norms_and_dropout, norms_while_rows_wait,
-          weights_of_another_class]  # fmt: skip
+          own_rows_that_were_joined, writes_if_asked, norms_and_dropout, dropout_of_none_and_of_some,
+          norms_while_rows_wait, weights_of_another_class]  # fmt: skip
 
 
 CALLS = [torch.randn(2, SEQ, CHANNELS, generator=torch.Generator().manual_seed(i)) for i in range(5)]

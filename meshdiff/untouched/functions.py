@@ -136,8 +136,8 @@ class OnShards(TorchFunctionMode):
         key = described(func, args, kwargs) if func in KNOWABLE and self.does_again() else None
         if key is not None and (result := self.known.get(key)) is not None:
             return result.again(func, args, kwargs, self.unguarded)
-        args, kwargs = all_whole(args, self.mesh), {name: all_whole(kwargs[name], self.mesh) for name in kwargs}
-        made = map_dtensors(settled, func(*args, **kwargs))
+        whole = {name: all_whole(kwargs[name], self.mesh) for name in kwargs}
+        made = map_dtensors(settled, func(*all_whole(args, self.mesh), **whole))
         if key is not None:
             self.known.learn(key, func, args, kwargs, made)
         return made

@@ -230,6 +230,8 @@ def _can_be_known(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it writes to nothing, and does to a rank's rows what it does to all."""
     if func in WRITES_IF_ASKED:
         return not any(args[1:]) and not any(kwargs.values())
+    if func is F.dropout:  # of which a number decides whether it does anything
+        return kwargs.get("training", args[2] if len(args) > 2 else True) is False
     if kwargs and (func in RESHAPES or func in REORDERS):
         return False
     if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
