@@ -13,6 +13,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.kept import kept, kept_by_mesh
+from meshdiff.simulation import is_simulated
 
 __all__ = ["contiguous_stride", "from_shard", "of_spec", "place_on", "to_shard", "wrap"]
 
@@ -45,10 +46,16 @@ _new = inspect.unwrap(DTensor.__new__)
 """Without what torch wraps it in to keep it out of graphs that are compiled, which takes as long again."""
 
 
-@kept_by_mesh
 def place_on(mesh: DeviceMesh) -> tuple[int, int]:
-    """How many ranks a 1-D mesh has, and which of them this one is."""
+    """How many ranks a 1-D mesh has, and which of them this one is; in a simulation, each of them in turn."""
+    return _read_place(mesh) if is_simulated() else _place(mesh)
+
+
+def _read_place(mesh: DeviceMesh) -> tuple[int, int]:
     return mesh.size(), mesh.get_local_rank()
+
+
+_place = kept_by_mesh(_read_place)
 
 
 @kept_by_mesh
