@@ -108,7 +108,7 @@ class OnShards(TorchFunctionMode):
             finally:
                 self.exchanging -= 1
             if result is not NotImplemented:
-                if key is not None and handler in layers.ROW_BY_ROW:
+                if key is not None and handler in layers.DECIDED_BY_SHAPES:
                     self.known.learn(key, func, args, kwargs, result)
                 return result
         return self.run(func, args, kwargs)

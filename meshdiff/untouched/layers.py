@@ -88,7 +88,7 @@ def _dropout(on: OnShards, input: Tensor, p: float = 0.5, training: bool = True,
     return NotImplemented if training else input
 
 
-ROW_BY_ROW = {_linear, _layer_norm, _rms_norm, _of_its_type, _dropout}
+DECIDED_BY_SHAPES = {_linear, _layer_norm, _rms_norm, _of_its_type, _dropout}
 """What comes of these is decided by shapes and placements, and no rank needs anything of others."""
 
 
