@@ -27,7 +27,7 @@ from meshdiff.agreement import is_first_rank
 from meshdiff.launch import end_process, start_ranks
 from meshdiff.mesh import Layout, init_distributed, init_mesh, launched_world_size
 from meshdiff.untouched import Report, parallelize
-from meshdiff.untouched.parallel import difference, float_tensors
+from meshdiff.untouched.compare import difference, float_tensors
 
 BOUND = 1e-5
 INTRODUCTION = """\

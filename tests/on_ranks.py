@@ -184,7 +184,7 @@ def untouched_calls() -> list[tuple[dict, int, int]]:
 
     from meshdiff import parallelize
     from meshdiff.attention.problem import chunk_sizes
-    from meshdiff.untouched.parallel import difference
+    from meshdiff.untouched.compare import difference
 
     mesh, errors = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
     torch.manual_seed(0)
@@ -217,7 +217,7 @@ def untouched_gradients() -> float:
     from untouched_cases import Model, inputs
 
     from meshdiff import parallelize
-    from meshdiff.untouched.parallel import difference
+    from meshdiff.untouched.compare import difference
 
     one, other, given = Model("rows"), Model("rows"), inputs()
     one(**given).square().sum().backward()

@@ -14,7 +14,7 @@ from meshdiff import CommsCounter, Layout, init_mesh
 from meshdiff.agreement import from_every_rank
 from meshdiff.integrations.diffusers import parallelize
 from meshdiff.untouched import Guidance
-from meshdiff.untouched.parallel import difference
+from meshdiff.untouched.compare import difference
 
 
 def of_pipelines(world: int) -> dict[str, Any]:

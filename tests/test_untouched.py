@@ -14,7 +14,7 @@ import meshdiff.untouched.pending
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, place, simulate
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.simulation import unwrap
-from meshdiff.untouched.parallel import difference
+from meshdiff.untouched.compare import difference
 from meshdiff.untouched.rows import Piece, rearrange
 
 BOUND = 1e-5

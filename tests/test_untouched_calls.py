@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from untouched_cases import CHANNELS, values
 
 from meshdiff import Layout, init_mesh, parallelize, simulate
-from meshdiff.untouched.parallel import difference
+from meshdiff.untouched.compare import difference
 
 SEQ = 7
 

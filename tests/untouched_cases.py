@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from meshdiff import CommsCounter, parallelize
 from meshdiff.simulation import outside, unwrap
-from meshdiff.untouched.parallel import difference
+from meshdiff.untouched.compare import difference
 
 CHANNELS, HEADS = 12, 3
 

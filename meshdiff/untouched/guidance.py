@@ -23,8 +23,9 @@ from meshdiff.agreement import from_every_rank, is_of_collective
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.placements import BRANCHES
 from meshdiff.simulation import is_simulated, on_each_rank
+from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.later import Later
-from meshdiff.untouched.parallel import difference, replace_forward, tolerance
+from meshdiff.untouched.parallel import replace_forward
 from meshdiff.untouched.retreat import check_alike
 from meshdiff.untouched.state import Ambient, ModelState
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from meshdiff.agreement import is_of_collective
 from meshdiff.attention.checks import is_checked
 from meshdiff.attention.choice import AUTO
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import become_shards, find_blocks, shard_tokens
+from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.functions import OnShards
 from meshdiff.untouched.guard import Guard, Unsafe
 from meshdiff.untouched.known import Known
@@ -30,10 +31,7 @@ from meshdiff.untouched.report import Report
 from meshdiff.untouched.retreat import Before, agree_to_retreat, check_alike, explain
 from meshdiff.untouched.tensors import map_dtensors, to_plain
 
-__all__ = ["Parallelized", "difference", "float_tensors", "parallelize", "replace_forward", "tolerance"]
-
-VERIFIED = {torch.float32: 1e-4, torch.float64: 1e-10}
-HALF = 3e-2
+__all__ = ["Parallelized", "parallelize", "replace_forward"]
 
 _names = itertools.count()
 
@@ -350,25 +348,6 @@ def _once(function: Callable[[DTensor], Tensor]) -> Callable[[DTensor], Tensor]:
         return made[id(tensor)][1]
 
     return call
-
-
-def difference(output: Any, expected: Any) -> float:
-    """The largest relative error, in L2 norm, of any tensor of an output."""
-    pairs = zip(float_tensors(output), float_tensors(expected), strict=True)
-    return max(
-        (float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)) for a, b in pairs if b.numel()),
-        default=0.0,
-    )
-
-
-def tolerance(output: Any) -> float:
-    """How far outputs of one program may be apart."""
-    return max((VERIFIED.get(tensor.dtype, HALF) for tensor in float_tensors(output)), default=0.0)
-
-
-def float_tensors(output: Any) -> list[Tensor]:
-    """The floating point tensors of an output, in their order."""
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _signature(module: nn.Module, args: Any, kwargs: Any) -> Any:
