@@ -212,6 +212,20 @@ def untouched_calls() -> list[tuple[dict, int, int]]:
     return from_every_rank((errors, counter.get_total_flops(), 4 * 2 * rows * channels * channels))
 
 
+def captured() -> dict:
+    """Of models whose calls are captured: errors, and what became of the calls."""
+    from test_untouched_capture import on_this_rank
+
+    return on_this_rank()
+
+
+def captured_traffic() -> list:
+    """Of every rank: what a call sends on shards and as a program, and what comes of a compiled one."""
+    from test_untouched_capture import traffic_and_compiled
+
+    return traffic_and_compiled()
+
+
 def untouched_gradients() -> float:
     """The largest relative error of a gradient of a model on shards, on any rank."""
     from untouched_cases import Model, inputs

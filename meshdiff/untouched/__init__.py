@@ -11,6 +11,7 @@ before. What keeps that right and fast:
 - `known`: what DTensor has found out about an operation, kept.
 - `guard`: which operations are known to be right on shards; all others run on whole tensors.
 - `aliases`: a write to what is a view on one device and a copy here is noticed before it happens.
+- `capture`: calls that have settled as programs of one rank, without all of this; `watch` sees what these would miss.
 - `guidance`: the branches of a guided step at once, on the ranks of another mesh dim; a call is put
   off (`later`) as long as nobody changes the model (`state`).
 - `recorder`, `report`: what was done, and what was sent for it.

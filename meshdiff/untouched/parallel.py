@@ -7,6 +7,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 from meshdiff.agreement import is_of_collective
 from meshdiff.attention.checks import is_checked
 from meshdiff.attention.choice import AUTO
+from meshdiff.simulation import is_simulated
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import become_shards, find_blocks, shard_tokens
+from meshdiff.untouched.capture import Captures, Make
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.functions import OnShards
 from meshdiff.untouched.guard import Guard, Unsafe
@@ -43,6 +47,7 @@ def parallelize(
     blocks: list[str] | None = None,
     strategy: str = AUTO,
     verify: bool = False,
+    capture: bool | Make = False,
 ) -> Parallelized:
     """Put a model on a mesh, as it is: from now on every call of it is shared out between the ranks.
 
@@ -64,22 +69,36 @@ def parallelize(
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call for each set of shapes with the untouched
             model's, on every rank, and raise if they differ.
+        capture: run calls that have settled, under `torch.no_grad()`, as programs:
+            the operations and collectives of one rank, without the Python that
+            led there, see `meshdiff.untouched.capture`. True runs them as they
+            are; a function of a `torch.fx.GraphModule` makes of it what is run,
+            `torch.compile` say. What the model reads that is neither an argument,
+            nor on the model, nor a tensor (a global, a clock) stays as it was.
 
     Returns:
-        A handle: `report()` tells what the last new call did, `remove()` takes
-        the module off the mesh again.
+        A handle: `report()` tells what the last new call did, `programs` has what
+        was captured, `remove()` takes the module off the mesh again.
 
     Raises:
-        ValueError: for a mesh with more than one dim, a compiled module, or blocks that do not exist.
+        ValueError: for a mesh with more than one dim, a compiled module, blocks that do not exist, or
+            `capture` in a simulation, where one program would have to be every rank's.
     """
-    return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify)
+    return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify, capture=capture)
 
 
 class Parallelized:
     """A model on a mesh; see `parallelize`."""
 
     def __init__(
-        self, module: nn.Module, mesh: DeviceMesh, *, blocks: list[str] | None, strategy: str, verify: bool
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        *,
+        blocks: list[str] | None,
+        strategy: str,
+        verify: bool,
+        capture: bool | Make,
     ) -> None:
         if mesh.ndim != 1:
             raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
@@ -92,6 +111,8 @@ class Parallelized:
             missing = sorted(set(blocks) - {name for name, _ in module.named_modules()})
             if missing:
                 raise ValueError(f"blocks={missing} are no submodules of {type(module).__name__}")
+        if capture and is_simulated():
+            raise ValueError("capture=True takes real ranks: in a simulation one program would have to be every rank's")
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.whole: dict[str, str] = {}
@@ -109,6 +130,8 @@ class Parallelized:
         self._failed_in: str | None = None  # the block that ended the last call
         self._forward = module.forward
         self._block_forwards: dict[str, Callable[..., Any]] = {}
+        make = None if isinstance(capture, bool) else capture
+        self._captures = Captures(module, mesh, self._name, self.blocks, make) if capture else None
         if mesh.size() > 1:
             self._take_over_blocks()
             replace_forward(module, self._call)
@@ -124,7 +147,12 @@ class Parallelized:
         """
         if self._report is None:
             raise RuntimeError("there is nothing to report before the first call, or on a mesh of one rank")
-        return self._report
+        return self._report if self._captures is None else replace(self._report, captured=str(self._captures))
+
+    @property
+    def programs(self) -> list[GraphModule]:
+        """What runs on this rank instead of the model, a graph for each kind of call; `print(graph.code)`."""
+        return [] if self._captures is None else [program.graph for program in self._captures.programs]
 
     @property
     def was_called(self) -> bool:
@@ -149,8 +177,10 @@ class Parallelized:
         if signature in self._settled:
             if is_checked():
                 check_alike(self.mesh, self.module, (args, kwargs))
+            run = functools.partial(self._call_once, False)
             try:
-                return self._call_once(False, args, kwargs)
+                captures = None if "" in self.whole else self._captures
+                return run(args, kwargs) if captures is None else captures.call(run, args, kwargs)
             except Unsafe as error:
                 self._settled.discard(signature)
                 raise Unsafe(f"{error}; the next call will find out anew what can be shared out") from error

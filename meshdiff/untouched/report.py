@@ -31,12 +31,14 @@ class Report:
         ranks: how many ranks shared it.
         blocks: what each block did; the one without a name is what happened outside of blocks.
         whole: kinds of blocks that ran on whole tensors on every rank, and why; "" is all of the model.
+        captured: what became of capturing its calls; "" if that was not asked for.
     """
 
     model: str
     ranks: int
     blocks: tuple[BlockRecord, ...]
     whole: dict[str, str]
+    captured: str = ""
 
     @classmethod
     def of(cls, module: nn.Module, mesh: DeviceMesh, recorder: Recorder, whole: dict[str, str]) -> Report:
@@ -77,7 +79,7 @@ class Report:
 
     def __str__(self) -> str:
         title = f"{self.model} on {self.ranks} ranks: {_percent(self.sharded_share)} of its operations are shared out"
-        parts = [title, ""]
+        parts = [title, *([self.captured] if self.captured else []), ""]
         for kind, reason in self.whole.items():
             parts += [f"{kind or 'All of it'} runs whole on every rank: {reason}", ""]
         if self.blocks:

@@ -1,4 +1,4 @@
-"""What must not change between a call that is put off and the time that it runs."""
+"""What must not change between a call that is put off, or captured, and the time that it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meshdiff.simulation import outside, rank_values
 
-__all__ = ["Ambient", "ModelState"]
+__all__ = ["SMALL", "Ambient", "ModelState"]
 
 Kind = tuple[torch.device, torch.dtype]
 
@@ -71,13 +71,18 @@ class ModelState:
     Small values count by value, other objects by which they are, tensors by
     their version as well, and weights by a few of their values: a write to
     `weight.data` leaves no other trace.
+
+    Args:
+        module: the model.
+        values: whether what is written to tensors counts, and not only which they are.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, values: bool = True) -> None:
+        self._of_values = values
         self._kept: list[Any] = []  # an id says which object it is only while that lives
         self._weights: list[Tensor] = []
         self._parts = self._of_parts(module)
-        self._values = _samples(self._weights)
+        self._values = _samples(self._weights) if values else {}
 
     def changed(self, now: ModelState) -> str:
         """The name of something that is another one in `now`; "" if there is nothing."""
@@ -126,7 +131,10 @@ class ModelState:
         if weight is None:
             return None
         self._weights.append(weight)
-        return id(weight), _version(weight)
+        return self._of_tensor(weight)
+
+    def _of_tensor(self, tensor: Tensor) -> Any:
+        return (id(tensor), _version(tensor)) if self._of_values else id(tensor)
 
     def _fact(self, value: Any, depth: int) -> Any:
         """What counts about a value."""
@@ -136,7 +144,7 @@ class ModelState:
             return self._of_items(value, depth)
         self._kept.append(value)
         if isinstance(value, Tensor):
-            return id(value), _version(value)
+            return self._of_tensor(value)
         if isinstance(value, nn.Module):
             return id(value)
         inner = getattr(value, "__dict__", None)

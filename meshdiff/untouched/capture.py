@@ -1,0 +1,234 @@
+"""Calls that have settled, as programs: what a rank computes and sends, without the Python that led there.
+
+The Python of a model, and what stands around each torch function to keep it on
+shards, take as long in every call and come to the same operations. A program
+is these operations, on the plain tensors of one rank, collectives included, as
+torch's `make_fx` notes them while the model runs: an `fx` graph, to be run, read
+or compiled. Weights are in it by which tensors they are, not by value.
+
+Whatever else a model's Python does is not done again. So a call has a program
+only if nothing of that is missed, as far as it can be seen: it is watched once
+(`watch`), captured the next time, and its program is tried in the call after
+that, beside the model. A program runs only for calls like that one, and as long
+as nobody changes the model. All else runs without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from meshdiff.agreement import from_every_rank, is_of_collective
+from meshdiff.untouched.compare import difference, tolerance
+from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
+from meshdiff.untouched.state import SMALL, Ambient, ModelState
+from meshdiff.untouched.watch import PLAIN, note_output, watching
+
+__all__ = ["Captures", "Make"]
+
+MOST = 16
+"""Kinds of calls of one model that are captured: where a number changes with every step, each call is another kind."""
+CHANGES = 3
+"""How often a model may have changed between calls of a kind before they are no longer captured."""
+
+Run = Callable[[Any, Any], Any]
+Make = Callable[[GraphModule], Callable[..., Any]]
+
+
+class _NotCaptured(Exception):
+    """This call has no program, for this reason."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a rank computes and sends in calls of one kind.
+
+    Attributes:
+        graph: takes the tensors of a call, returns those of its output.
+        run: what was made of the graph.
+        structure, leaves: of the model's output; in the place of each tensor, `Tensor`.
+        state: of the model that was captured.
+    """
+
+    graph: GraphModule
+    run: Callable[..., Any]
+    structure: TreeSpec
+    leaves: tuple[Any, ...]
+    state: ModelState
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        made = iter(self.run(*tensors))
+        return tree_unflatten([next(made) if leaf is Tensor else leaf for leaf in self.leaves], self.structure)
+
+    @property
+    def size(self) -> int:
+        """How many operations there are."""
+        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+
+
+@dataclass
+class Kind:
+    """Calls that are alike, and how far they have come."""
+
+    was_watched: bool = False
+    program: Program | None = None
+    was_tried: bool = False
+    changes: int = 0
+    why_not: str = ""
+    """Why there will be no program."""
+
+
+class Captures:
+    """The programs of one model on one mesh.
+
+    Args:
+        module: the model.
+        mesh: the 1-D mesh that it is on.
+        name: of this model, the same on every rank, and no other's.
+        replaced: names of the submodules whose forward was replaced to put the model on the mesh.
+        make: makes of a graph what is run, `torch.compile` say; None to run the graph itself.
+    """
+
+    def __init__(
+        self, module: nn.Module, mesh: DeviceMesh, name: str, replaced: Collection[str], make: Make | None
+    ) -> None:
+        self.module, self.mesh, self.name, self.replaced, self.make = module, mesh, name, replaced, make
+        self._kinds: dict[Any, Kind] = {}
+        self._why_not = ""  # of the last call without a program
+        self._retreats = 0
+
+    @property
+    def programs(self) -> list[Program]:
+        """Those that run instead of the model."""
+        return [kind.program for kind in self._kinds.values() if kind.program is not None and kind.was_tried]
+
+    def __str__(self) -> str:
+        if self.programs:
+            sizes = " and ".join(f"{program.size:,}" for program in self.programs)
+            return f"Captured: its calls run as programs of {sizes} operations, without its Python"
+        return f"Not captured: {self._why_not or 'it has not been called often enough'}"
+
+    def call(self, run: Run, args: Any, kwargs: Any) -> Any:
+        """What the model returns, by its program if there is one, else by `run`, which calls the model on the mesh."""
+        try:
+            key, tensors = _described(args, kwargs, self.mesh.device_type)
+            kind = self._kind(key)
+        except _NotCaptured as reason:
+            self._why_not = str(reason)
+            return run(args, kwargs)
+        if kind.program is not None and kind.program.state.changed(ModelState(self.module, values=False)):
+            self._kinds[key] = kind = Kind(changes=kind.changes + 1)
+        if not kind.was_watched:
+            return self._watch(kind, run, args, kwargs)
+        if kind.program is None:
+            return self._capture(kind, run, args, kwargs, tensors)
+        if not kind.was_tried:
+            return self._try(kind, kind.program, run, args, kwargs, tensors)
+        return kind.program(tensors)
+
+    def _kind(self, key: Any) -> Kind:
+        if key not in self._kinds and len(self._kinds) == MOST:
+            raise _NotCaptured(f"there are {MOST} kinds of calls already; is it given a number that changes?")
+        kind = self._kinds.setdefault(key, Kind())
+        if kind.why_not:
+            raise _NotCaptured(kind.why_not)
+        return kind
+
+    def _watch(self, kind: Kind, run: Run, args: Any, kwargs: Any) -> Any:
+        """A call as it always is, in which we see whether it does something that a program would miss."""
+        with watching(self.module, self.replaced, (args, kwargs)) as watch:
+            output = run(args, kwargs)
+        note_output(watch, output)
+        if kind.changes >= CHANGES:
+            watch.note("the model is changed again and again")
+        kind.was_watched = True
+        self._settle(kind, watch.found)
+        return output
+
+    def _capture(self, kind: Kind, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """A call whose operations are noted."""
+        leaves, structure = tree_flatten((args, kwargs))
+        outputs: list[Any] = []
+
+        def program(*own: Tensor) -> list[Tensor]:
+            given = {id(tensor): alias for tensor, alias in zip(tensors, own, strict=True)}
+            args, kwargs = tree_unflatten([given.get(id(leaf), leaf) for leaf in leaves], structure)
+            outputs.append(run(args, kwargs))
+            return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
+
+        before = Before(self.module, args, kwargs)
+        try:
+            with watching(self.module, self.replaced, (args, kwargs)) as watch:
+                # Aliases, or a weight that is given as well would be an input where it is a weight.
+                graph = make_fx(program)(*(tensor.detach() for tensor in tensors))
+        except Exception as error:
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_of_collective(error):
+                raise
+            before.check(error)
+            kind.why_not = self._why_not = explain(error)
+            self._retreats += 1
+            agree_to_retreat(self.mesh, f"{self.name}/capture/{self._retreats}", kind.why_not, error)
+            return run(args, kwargs)
+        note_output(watch, outputs[0])
+        flat, returned = tree_flatten(outputs[0])
+        kind.program = Program(
+            graph,
+            graph if self.make is None else self.make(graph),
+            returned,
+            tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
+            ModelState(self.module, values=False),
+        )
+        self._settle(kind, watch.found)
+        return outputs[0]
+
+    def _try(self, kind: Kind, program: Program, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """A call by the model and by its program, with other inputs than those that it was captured with."""
+        on_cpu = self.mesh.device_type == "cpu"
+        with torch.random.fork_rng([] if on_cpu else None, device_type="cuda" if on_cpu else self.mesh.device_type):
+            expected = run(args, kwargs)
+        alike = _alike(program(tensors), expected)
+        kind.was_tried = True
+        self._settle(kind, "" if alike else "its program does something else than the model")
+        return expected
+
+    def _settle(self, kind: Kind, reason: str) -> None:
+        """Whether these calls go on to have a program, which all ranks decide alike."""
+        reasons = [of_rank for of_rank in from_every_rank(reason, self.mesh) if of_rank]
+        if reasons:
+            kind.why_not = self._why_not = reasons[0]
+            kind.program = None
+
+
+def _described(args: Any, kwargs: Any, device_type: str) -> tuple[Any, list[Tensor]]:
+    """What decides the program of a call, and its tensors, each once."""
+    ambient = Ambient.now(device_type)
+    if ambient.grad or ambient.inference or any(dtype is not None for _, dtype in ambient.autocast):
+        raise _NotCaptured("only calls under torch.no_grad() and without autocast are captured")
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors: dict[int, Tensor] = {}
+    places: dict[int, int] = {}
+    described: list[Any] = []
+    for leaf in leaves:
+        if type(leaf) in PLAIN:
+            place = places.setdefault(id(leaf), len(places))
+            tensors[id(leaf)] = leaf
+            described.append((place, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+        elif type(leaf) in SMALL:
+            described.append((type(leaf), leaf))
+        else:
+            raise _NotCaptured(f"it is given a {type(leaf).__name__}, which may hold anything")
+    return (structure, tuple(described)), list(tensors.values())
+
+
+def _alike(output: Any, expected: Any) -> bool:
+    pairs = list(zip(tree_leaves(output), tree_leaves(expected), strict=True))
+    others = [pair for pair in pairs if isinstance(pair[0], Tensor) and not pair[0].is_floating_point()]
+    return difference(output, expected) <= tolerance(expected) and all(torch.equal(*pair) for pair in others)

@@ -1,0 +1,115 @@
+"""What a call does besides operations on tensors, which a program of these operations would miss."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meshdiff.untouched.recorder import calling_line
+from meshdiff.untouched.state import SMALL, ModelState
+
+__all__ = ["Watch", "watching"]
+
+READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__,
+         Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}  # fmt: skip
+COPIES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+"""These read the values of tensors that they are given, beneath whatever watches operations."""
+DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+PLAIN = (Tensor, nn.Parameter)
+
+
+class Watch:
+    """What was seen first of that; "" if there was nothing."""
+
+    def __init__(self) -> None:
+        self.found = ""
+
+    def note(self, what: str) -> None:
+        self.found = self.found or what
+
+
+@contextmanager
+def watching(module: nn.Module, replaced: Collection[str], arguments: Any) -> Iterator[Watch]:
+    """While a call runs.
+
+    Args:
+        module: the model that is called.
+        replaced: names of the submodules whose forward we have replaced.
+        arguments: what it is called with.
+    """
+    watch, before = Watch(), ModelState(module)
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    versions = [tensor._version for tensor in tensors]
+    _note_hidden(watch, module, replaced)
+    with _Functions(watch), _Operations(watch):
+        yield watch
+    if versions != [tensor._version for tensor in tensors]:
+        watch.note("it writes to what it is given")
+    what = before.changed(ModelState(module))
+    if what:
+        watch.note(f"it changes {what} of itself")
+
+
+def note_output(watch: Watch, output: Any) -> None:
+    """What of an output a program could not return."""
+    for leaf in tree_leaves(output):
+        if type(leaf) not in PLAIN and type(leaf) not in SMALL:
+            watch.note(f"it returns a {type(leaf).__name__}, which may hold anything")
+
+
+def _note_hidden(watch: Watch, module: nn.Module, replaced: Collection[str]) -> None:
+    """Python of whose doings nothing is known."""
+    for name, part in module.named_modules():
+        if part is not module and (part._forward_hooks or part._forward_pre_hooks):
+            watch.note(f"{name} has hooks, which would not be called")
+        if "forward" in vars(part) and part is not module and name not in replaced:
+            watch.note(f"{name} has a forward of its own")
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        copies = func in COPIES and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        if copies or func in READS:
+            self.watch.note(f"{func.__name__} ({calling_line()}) reads values of a tensor")
+        return func(*args, **kwargs)
+
+
+class _Operations(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            self.watch.note(f"{func.name()} ({calling_line()}) is made of functions, into which nothing sees")
+        elif any(tag in func.tags for tag in DEPENDENT) and not _takes_by_number(func, args):
+            name = func._schema.name.removeprefix("aten::").strip("_")
+            self.watch.note(f"{name} ({calling_line()}) depends on values of a tensor")
+        return func(*args, **kwargs)
+
+
+def _takes_by_number(func: Any, args: Any) -> bool:
+    """Whether this takes rows by their numbers: by true and false, it takes as many as are true."""
+    return func._overloadpacket is torch.ops.aten.index and all(
+        index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
+    )

@@ -1,0 +1,304 @@
+"""Calls that run as captured programs: the outputs of the model, whatever its Python does, or no program, and why."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from test_untouched import Joint
+from test_untouched_calls import BODIES, CALLS, Tokens
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meshdiff import CommsCounter, Layout, init_mesh, parallelize, simulate
+from meshdiff.agreement import from_every_rank
+from meshdiff.untouched.compare import difference
+
+RAN: Counter[str] = Counter()
+"""How often the Python of a model ran, on this rank."""
+
+
+def body(block, x, y):
+    return F.silu(y) * block.settings["factor"] + torch.cat([x[:, 3:], y[:, :3]], dim=1)
+
+
+class Model(Tokens):
+    """Blocks with this body, and `outside` of them a number, or a tensor, that depends on the tokens in some way."""
+
+    def __init__(self, outside: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__(body)
+        self.outside, self.scale = outside, nn.Parameter(torch.ones(1), requires_grad=False)
+        for block in self.blocks:
+            block.settings = {"factor": 2.0}
+
+    def forward(self, hidden: Tensor, by: float = 1.0, other: Tensor | None = None) -> dict[str, Any]:
+        RAN["model"] += 1
+        factor = self.outside(self, hidden)
+        hidden = super().forward(hidden) * factor * self.scale * by
+        return {"sample": hidden if other is None else hidden + other, "by": by, "none": None}
+
+
+def nothing(model, tokens):
+    return 1.0
+
+
+def item(model, tokens):
+    return tokens.mean().item()
+
+
+def choice(model, tokens):
+    return 2.0 if tokens.mean() > 0 else 3.0
+
+
+def numbers(model, tokens):
+    return sum(tokens[0, 0].tolist())
+
+
+def array(model, tokens):
+    return float(tokens.numpy().sum())
+
+
+def tensor_of_tensors(model, tokens):
+    return torch.tensor([tokens.sum(), tokens.mean()]).sum()
+
+
+def what_is_true(model, tokens):
+    return tokens[tokens > 0].sum()
+
+
+def equality(model, tokens):
+    return 2.0 if torch.equal(tokens, tokens.abs()) else 3.0
+
+
+def by_number(model, tokens):
+    return tokens[:, torch.tensor([1, 0])].sum()
+
+
+def chance(model, tokens):
+    torch.manual_seed(3)
+    return F.dropout(tokens, 0.5, True).sum()
+
+
+def state(model, tokens):
+    model.last, last = tokens.mean(), getattr(model, "last", tokens.mean())
+    return last
+
+
+def buffer(model, tokens):
+    model.blocks[0].attn_in.bias.mul_(1.01)
+    return tokens.mean()
+
+
+def input_(model, tokens):
+    return tokens.add_(1).mean()
+
+
+def a_global(model, tokens):
+    RAN[id(model)] += 1
+    return float(RAN[id(model)])
+
+
+def call(i: int, **given: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: model(CALLS[i % len(CALLS)].clone(), **given)
+
+
+def change(function: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    return lambda model: function(model) and None
+
+
+def set_factor(model):
+    model.blocks[1].settings["factor"] += 1.0
+
+
+def write_weight(model):
+    model.blocks[0].attn_out.weight.mul_(1.5)
+
+
+def replace_weight(model):
+    model.blocks[0].attn_out.weight = nn.Parameter(model.blocks[0].attn_out.weight * 2, requires_grad=False)
+
+
+def replace_data(model):
+    model.blocks[0].attn_out.bias.data = model.blocks[0].attn_out.bias.data + 1
+
+
+def hook(model):
+    model.blocks[0].attn_in.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def hook_on_one_rank(model):
+    if dist.get_rank() == 1:
+        model.blocks[0].attn_in.register_forward_hook(lambda module, args, output: output * 1)
+
+
+def forward_of_its_own(model):
+    layer = model.blocks[0].attn_in
+    layer.forward = lambda tokens: F.linear(tokens, layer.weight) * 3
+
+
+def given_a_weight(model):
+    return model(CALLS[0].clone(), other=model.scale)
+
+
+def given_twice(model):
+    tokens = CALLS[1].clone()
+    return model(tokens, other=tokens)
+
+
+def with_gradients(model):
+    with torch.enable_grad():
+        return model(CALLS[2].clone())
+
+
+def with_autocast(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(CALLS[2].clone())["sample"].float() * 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Steps that a model goes through, and what becomes of its calls.
+
+    Attributes:
+        runs: how often the Python of the captured model runs; None for each time.
+        programs: how many there are in the end.
+        told: words of what the report says.
+    """
+
+    steps: list[Callable[[nn.Module], Any]]
+    outside: Callable[[nn.Module, Tensor], Any] = nothing
+    runs: int | None = None
+    programs: int = 0
+    told: str = "Not captured"
+
+
+MANY = [call(i) for i in range(7)]
+CASES = {
+    # One call finds out, one is watched, one captured, one tried.
+    "captured": Case(MANY, runs=4, programs=1, told="Captured: its calls run as programs of "),
+    "by number": Case(MANY, by_number, runs=4, programs=1, told="Captured"),
+    "chance": Case(MANY, chance, told="something else"),  # the seed is set by Python, and not again
+    "numbers as arguments": Case(
+        [call(i, by=float(1 + i % 2)) for i in range(14)], runs=7, programs=2, told="Captured"
+    ),
+    "numbers of every call": Case([call(i, by=float(i)) for i in range(20)], told="is it given a number that changes"),
+    "other operands": Case(
+        [*[call(i, other=CALLS[3]) for i in range(6)], given_a_weight, given_twice] * 2 + MANY,
+        runs=4 + 4 + 2 * 2,
+        programs=2,
+        told="Captured",
+    ),
+    "weights that are written": Case([*MANY, change(write_weight), *MANY], runs=4, programs=1, told="Captured"),
+    "data that is replaced": Case([*MANY, change(replace_data), *MANY], runs=4, programs=1, told="Captured"),
+    "weights that are replaced": Case([*MANY, change(replace_weight), *MANY], runs=7, programs=1, told="Captured"),
+    "settings": Case([*MANY, change(set_factor), *MANY], runs=7, programs=1, told="Captured"),
+    "settings of every call": Case([step for one in MANY * 3 for step in (one, change(set_factor))], told="again and"),
+    "gradients in between": Case([*MANY, with_gradients, with_autocast, *MANY], runs=6, programs=1, told="Captured"),
+    "a hook": Case([change(hook), *MANY], told="attn_in has hooks"),
+    "a hook from some call on": Case([*MANY, change(hook), *MANY], told="attn_in has hooks"),
+    "a hook on one rank": Case([change(hook_on_one_rank), *MANY], told="attn_in has hooks"),
+    "a forward": Case([change(forward_of_its_own), *MANY], told="attn_in has a forward of its own"),
+    "an item": Case(MANY, item, told="item (test_untouched_capture.py:"),
+    "a choice": Case(MANY, choice, told="depends on values of a tensor"),
+    "a list": Case(MANY, numbers, told="tolist (test_untouched_capture.py:"),
+    "an array": Case(MANY, array, told="numpy (test_untouched_capture.py:"),
+    "a tensor of tensors": Case(MANY, tensor_of_tensors, told="tensor (test_untouched_capture.py:"),
+    "what is true": Case(MANY, what_is_true, told="index (test_untouched_capture.py:"),
+    "equality": Case(MANY, equality, told="equal (test_untouched_capture.py:"),
+    "state": Case(MANY, state, told="it changes last of itself"),
+    "a weight that it writes": Case(MANY, buffer, told="it changes blocks.0.attn_in.bias of itself"),
+    "an input that it writes": Case(MANY, input_, told="it writes to what it is given"),
+    "a global": Case(MANY, a_global, told="its program does something else than the model"),
+}
+
+
+def on_this_rank() -> dict[str, Any]:
+    """Of each case and each body of the other tests: the error, and what became of the calls."""
+    mesh, found = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
+    with torch.no_grad():
+        for name, case in CASES.items():
+            alone, model = Model(case.outside), Model(case.outside)
+            parallel = parallelize(model, mesh, capture=True)
+            expected = [step(alone) for step in case.steps]
+            RAN["model"] = 0
+            outputs = [step(model) for step in case.steps]
+            error = max(difference(*pair) for pair in zip(outputs, expected, strict=True))
+            rest = [[one.get("by") for one in of if isinstance(one, dict)] for of in (outputs, expected)]
+            found[name] = error, rest[0] == rest[1], RAN["model"], len(parallel.programs), str(parallel.report())
+        for of_body in [*BODIES, "", "source", "join", "view"]:
+            torch.manual_seed(0)
+            model = Joint(of_body) if isinstance(of_body, str) else Tokens(of_body)
+            calls = [(hidden, hidden[:, :5] * 2) if isinstance(model, Joint) else (hidden,) for hidden in CALLS * 2]
+            alone, errors = copy.deepcopy(model), []
+            parallel = parallelize(model, mesh, capture=True)
+            for given in calls:
+                errors.append(difference(parallel(*map(torch.clone, given)), alone(*map(torch.clone, given))))
+            found[str(of_body)] = max(errors), True, 0, len(parallel.programs), str(parallel.report())
+    return found
+
+
+def traffic_and_compiled() -> tuple[Any, Any, float, str]:
+    """What a call sends on shards and as a program, whether both give the same bits, the error of a compiled one, code."""
+    mesh = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"]
+    torch.manual_seed(0)
+    models = [Joint("") for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    makes = [False, True, torch.compile]
+    handles = [parallelize(model, mesh, capture=make) for model, make in zip(models, makes, strict=True)]
+    sent, outputs = [], []
+    with torch.no_grad():
+        for handle in handles:
+            for hidden in CALLS:
+                with CommsCounter(mesh) as comms:
+                    output = handle(hidden, hidden[:, :5] * 2)
+            sent.append(comms.as_dict())
+            outputs.append(output)
+    assert all(handle.programs for handle in handles[1:])
+    error = difference(outputs[2], outputs[0])
+    return from_every_rank((sent[:2], torch.equal(outputs[0], outputs[1]), error, handles[1].programs[0].code))
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request, tmp_path_factory):
+    return run_on_ranks("captured", request.param, tmp_path_factory.mktemp("captured"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_program_does_what_the_model_does_or_there_is_none(name, results):
+    case = CASES[name]
+    error, same, runs, programs, told = results[name]
+    assert error <= 1e-5
+    assert same
+    assert (programs, case.told in told) == (case.programs, True), told
+    if case.runs is not None:
+        assert runs == case.runs
+    else:
+        assert runs >= len([step for step in case.steps if step.__qualname__.startswith("call")])
+
+
+def test_every_body_is_that_of_one_device(results):
+    bodies = {name: found for name, found in results.items() if name not in CASES}
+    assert {name: found[0] for name, found in bodies.items() if not found[0] <= 1e-5} == {}
+    captured = {name for name, found in bodies.items() if found[3]}
+    assert captured >= {"", "source", "join", "view"}
+
+
+def test_a_program_sends_what_the_model_sends_and_can_be_read_and_compiled(tmp_path):
+    for sent, same, error, code in run_on_ranks("captured_traffic", 3, tmp_path):
+        assert sent[0] == sent[1]
+        assert same
+        assert error <= 1e-5
+        assert "torch.ops._c10d_functional.all_to_all_single" in code
+
+
+def test_a_simulation_has_no_programs():
+    with simulate(2), pytest.raises(ValueError, match="capture=True takes real ranks"):
+        parallelize(Model(nothing), init_mesh(Layout(cp=2), "cpu")["cp"], capture=True)
