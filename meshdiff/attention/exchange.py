@@ -60,6 +60,7 @@ class Exchange:
             head of key and value that several ranks need goes to each of them.
         group: which of the lists is this rank's.
         order: where the tokens of each rank are among all, if not those of one rank after those of another.
+        of_queries: whether the first tensor is a query.
     """
 
     mesh: DeviceMesh
@@ -67,6 +68,7 @@ class Exchange:
     heads: tuple[tuple[range, ...], ...]
     group: int = 0
     order: tuple[Tokens, ...] | None = None
+    of_queries: bool = True
 
     def places(self, group: int) -> tuple[Tokens, ...]:
         """Where the tokens of each rank of a group are among all of it."""
@@ -146,8 +148,9 @@ def _sizes(exchange: Exchange, unit: int, group: int, rank: int, *, by_tokens: b
 
 # From tokens to heads, a message holds [batch, heads, seq, head_dim] of one tensor after the other,
 # and what a rank keeps is in no message: each element is copied once into its message and once into
-# a tensor laid out as kernels read it fastest, or only once, into the latter. Sending less through
-# the buffers than "everything, to everyone" halves the time of an exchange between two ranks.
+# a tensor laid out as kernels read it fastest, or only once, into the latter. A query is laid out as
+# kernels are to lay out their output, which is as they are given it. Sending less through the buffers
+# than "everything, to everyone" halves the time of an exchange between two ranks.
 
 
 @on_each_rank
@@ -175,7 +178,10 @@ def _unpack_tokens(received: Tensor, exchange: Exchange, group: int, rank: int, 
     arrived = dict(zip(others, messages, strict=True))
     whole = []
     for i, (own, shard) in enumerate(zip(heads, shards, strict=True)):
-        tensor = shard.new_empty(batch, len(own), sum(tokens), head_dim)
+        if exchange.of_queries and i == 0:
+            tensor = shard.new_empty(batch, sum(tokens), len(own), head_dim).transpose(1, 2)
+        else:
+            tensor = shard.new_empty(batch, len(own), sum(tokens), head_dim)
         for other, places in enumerate(exchange.places(group)):
             if other == rank:
                 rows = shard.narrow(2, own.start, len(own)).transpose(1, 2)

@@ -51,13 +51,13 @@ def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: T
 def _exchanges(mesh: DeviceMesh, problem: Problem) -> tuple[Exchange, Exchange, Exchange | None]:
     """Of query, of key and value, and of all three where they have the same tokens."""
 
-    def exchange(tokens: tuple[Tokens, ...], *heads: tuple[range, ...]) -> Exchange:
+    def exchange(tokens: tuple[Tokens, ...], *heads: tuple[range, ...], of_queries: bool = True) -> Exchange:
         order = None if is_in_order(chain.from_iterable(tokens)) else tokens
-        return Exchange(mesh, (tuple(map(count, tokens)),), heads, order=order)
+        return Exchange(mesh, (tuple(map(count, tokens)),), heads, order=order, of_queries=of_queries)
 
     own, of_keys = problem.query_heads(problem.ranks), problem.key_heads(problem.ranks)
     together = exchange(problem.queries, own, of_keys, of_keys) if problem.queries == problem.keys else None
-    return exchange(problem.queries, own), exchange(problem.keys, of_keys, of_keys), together
+    return exchange(problem.queries, own), exchange(problem.keys, of_keys, of_keys, of_queries=False), together
 
 
 @on_each_rank
