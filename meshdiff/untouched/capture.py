@@ -30,6 +30,7 @@ from meshdiff.agreement import from_every_rank, is_of_collective
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
 from meshdiff.untouched.state import SMALL, Ambient, ModelState
+from meshdiff.untouched.tidy import tidy
 from meshdiff.untouched.watch import PLAIN, note_output, watching
 
 __all__ = ["Captures", "Make"]
@@ -178,15 +179,16 @@ class Captures:
             agree_to_retreat(self.mesh, f"{self.name}/capture/{self._retreats}", kind.why_not, error)
             return run(args, kwargs)
         note_output(watch, outputs[0])
-        flat, returned = tree_flatten(outputs[0])
-        kind.program = Program(
-            graph,
-            graph if self.make is None else self.make(graph),
-            returned,
-            tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
-            ModelState(self.module, values=False),
-        )
-        self._settle(kind, watch.found)
+        if self._settle(kind, watch.found):
+            tidy(graph, tensors, at_once=self.make is None)
+            flat, returned = tree_flatten(outputs[0])
+            kind.program = Program(
+                graph,
+                graph if self.make is None else self.make(graph),
+                returned,
+                tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
+                ModelState(self.module, values=False),
+            )
         return outputs[0]
 
     def _try(self, kind: Kind, program: Program, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
@@ -199,12 +201,13 @@ class Captures:
         self._settle(kind, "" if alike else "its program does something else than the model")
         return expected
 
-    def _settle(self, kind: Kind, reason: str) -> None:
-        """Whether these calls go on to have a program, which all ranks decide alike."""
+    def _settle(self, kind: Kind, reason: str) -> bool:
+        """Whether these calls may go on to have a program, which all ranks decide alike."""
         reasons = [of_rank for of_rank in from_every_rank(reason, self.mesh) if of_rank]
         if reasons:
             kind.why_not = self._why_not = reasons[0]
             kind.program = None
+        return not reasons
 
 
 def _described(args: Any, kwargs: Any, device_type: str) -> tuple[Any, list[Tensor]]:

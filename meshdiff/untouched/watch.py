@@ -103,7 +103,7 @@ class _Operations(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             self.watch.note(f"{func.name()} ({calling_line()}) is made of functions, into which nothing sees")
         elif any(tag in func.tags for tag in DEPENDENT) and not _takes_by_number(func, args):
-            name = func._schema.name.removeprefix("aten::").strip("_")
+            name = func._schema.name.removeprefix("aten::").replace("_local_scalar_dense", "item")
             self.watch.note(f"{name} ({calling_line()}) depends on values of a tensor")
         return func(*args, **kwargs)
 
