@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -45,7 +46,8 @@ def started(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
         with agreed():
             mesh = init_mesh(layout, config.device_type)
             if config.model == "diffusers":
-                pipeline = model.run(mesh, config.torch_dtype, config.strategy)
+                capture = torch.compile if config.compile else config.capture
+                pipeline = model.run(mesh, config.torch_dtype, config.strategy, capture)
             else:
                 pipeline = Pipeline(
                     model,
@@ -75,9 +77,11 @@ def generate(
 
     with CommsCounter(pipeline.mesh) as comms:
         video = pipeline.generate(request, on_step=step, on_stage=stage)
+    described = config.described()
     if config.model == "diffusers":
         request = pipeline.done(request, video)
-    metrics = collect(pipeline, request, layout, timer, memory, comms, config.described())
+        described["captured"] = pipeline.parallel.captured()
+    metrics = collect(pipeline, request, layout, timer, memory, comms, described)
     if not video.isfinite().all():
         raise InputError(
             f"--dtype {metrics.dtype}",
@@ -147,6 +151,8 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
         for name, traffic in collectives.items():
             sent = f"{traffic['count']} x {name}, {traffic['bytes'] / 2**20:.2f} MiB sent by a rank"
             table.add_row(f"{dim} traffic", sent)
+    for name, told in metrics.captured.items():
+        table.add_row(name, told)
     table.add_row("written", str(out))
     return table
 

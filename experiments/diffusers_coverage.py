@@ -16,11 +16,13 @@ import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import tyro
 from tiny_diffusers import TINY, Tiny
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.agreement import is_first_rank
@@ -37,10 +39,13 @@ What `python experiments/diffusers_coverage.py --ranks {ranks}` prints: every tr
 that takes tokens, in a tiny size ([`experiments/tiny_diffusers`](../experiments/tiny_diffusers)) with lengths and
 heads that the ranks do not divide wherever the class allows it, on processes of one machine. The error is relative to
 the untouched model on one device, in L2 norm; FLOPs, attention and collectives are of the largest number of ranks, in
-a call of its own shapes. "Gathered in blocks" names the lines of code that needed whole tensors. An all-gather in
-`scaled_dot_product_attention` is the `gather` strategy, which sends least where one head of key and value is for many
-of query.
+a call of its own shapes. Each is called {calls} times, with other values; "captured" has how many operations the
+program has as which the last calls of a rank run (`capture=True`), or why there is none. "Gathered" names
+the lines of code in blocks that needed whole tensors. An all-gather in `scaled_dot_product_attention` is the `gather` strategy,
+which sends least where one head of key and value is for many of query.
 """
+CALLS = 7
+"""One or two find out what runs how, then one is watched, one captured, one tried, and the last runs as a program."""
 SECONDS = 60
 """That a rank waits for others before it gives up."""
 
@@ -70,6 +75,12 @@ class Found:
     collectives: dict[str, float] = field(default_factory=dict)  # a block
     gathers: list[str] = field(default_factory=list)  # inside blocks, and what forced them
     whole: dict[str, str] = field(default_factory=dict)
+    captured: str = ""
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether its last call ran as a program."""
+        return self.captured.startswith("Captured")
 
     @property
     def is_right(self) -> bool:
@@ -83,19 +94,26 @@ class Found:
 
 
 def attempt(model: Tiny, mesh: DeviceMesh) -> Found:
-    """One class on the mesh, twice, as the first call finds out what the second one does."""
+    """One class on the mesh, called again and again."""
     module = model.build()
     with torch.no_grad():
-        expected = module(**model.arguments())
+        expected = [module(**arguments(model, call)) for call in range(CALLS)]
         assert float_tensors(expected), "the model returns no tensor"
-        parallel = parallelize(module, mesh)
+        parallel = parallelize(module, mesh, capture=True)
         try:
-            error = max(difference(parallel(**model.arguments()), expected) for _ in range(2))
+            error = max(difference(parallel(**arguments(model, call)), expected[call]) for call in range(CALLS))
         except Exception as refusal:
             if "gloo" in str(refusal):
                 raise
             return Found(model.name, mesh.size(), refused=" ".join(str(refusal).split())[:300] or repr(refusal))
     return summary(model.name, error, parallel.report())
+
+
+def arguments(model: Tiny, call: int) -> dict[str, Any]:
+    """What a call is given: the first tensor of floating point numbers, which is denoised, is another in each."""
+    given = model.arguments()
+    name = next(name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point())
+    return {**given, name: given[name] * (1 + call / 10)}
 
 
 def summary(name: str, error: float, report: Report) -> Found:
@@ -116,6 +134,7 @@ def summary(name: str, error: float, report: Report) -> Found:
             | {f"{what} ({line}: {line.text})" for block in blocks for what, line in block.sent if what != "all_to_all"}
         ),
         whole=report.whole,
+        captured=report.captured,
     )
 
 
@@ -160,25 +179,27 @@ def table(results: list[list[Found]]) -> str:
     """In markdown; what is not one number is of the largest number of ranks."""
     ranks = [one[0].ranks for one in results]
     errors = " | ".join(f"error, {n} ranks" for n in ranks)
-    lines = [
-        f"| class | {errors} | FLOPs on shards | self-attention on shards | collectives a block | gathered in blocks |",
-        "|---|" + "---|" * (len(ranks) + 4),
-    ]
+    head = (
+        f"| class | {errors} | FLOPs on shards | self-attention on shards | collectives a block | captured | gathered |"
+    )
+    lines = [head, "|---|" + "---|" * (len(ranks) + 5)]
     for row in zip(*results, strict=True):
         last = row[-1]
         sent = ", ".join(f"{count:.1f} {name}" for name, count in sorted(last.collectives.items())) or "none"
         why = [*last.gathers, *(f"{kind or 'all'} whole: {reason}" for kind, reason in last.whole.items())]
         on_shards = f"{last.attention[0]} of {sum(last.attention)}"
         notes = "; ".join([*why, last.refused] if last.refused else why).replace("|", "/")
-        cells = [last.name, *map(cell, row), f"{last.share:.0%}", on_shards, sent, notes]
+        captured = last.captured.replace("|", "/").partition(": ")[2].removesuffix(", without the Python around them")
+        cells = [last.name, *map(cell, row), f"{last.share:.0%}", on_shards, sent, captured, notes]
         lines.append("| " + " | ".join(cells) + " |")
     for one in results:
         right = sum(found.is_right for found in one)
         wrong = sum(found.error is not None and not found.is_right for found in one)
         sharded = sum(found.is_sharded for found in one)
+        captured = sum(found.is_captured for found in one)
         lines.append(
             f"\n{one[0].ranks} ranks: {right} of {len(one)} right, {wrong} wrong, {len(one) - right - wrong} refused; "
-            f"{sharded} with every self-attention on shards and no gather inside a block."
+            f"{sharded} with every self-attention on shards and no gather inside a block, {captured} captured."
         )
     return "\n".join(lines)
 
@@ -195,7 +216,7 @@ def main() -> None:
         print(f"--only: {', '.join(sorted(unknown))} unknown; known: {', '.join(sorted(TINY))}", file=sys.stderr)
         raise SystemExit(2)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(INTRODUCTION.format(ranks=" ".join(map(str, config.ranks))))
+    print(INTRODUCTION.format(ranks=" ".join(map(str, config.ranks)), calls=CALLS))
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}\n")
     print(table([collect(config, ranks) for ranks in config.ranks]))
 

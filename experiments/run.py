@@ -83,7 +83,11 @@ class Config:
     """Seconds that a rank waits for another in a collective before it gives up and says so; 60 for digits on a CPU,
     else 600, as ranks may then load, compile or decode for as long while others wait."""
     compile: bool = False
-    """Compile each transformer block with torch.compile: slow to start, faster to run."""
+    """Compile each transformer block with torch.compile: slow to start, faster to run. diffusers: compile
+    what --capture captures."""
+    capture: bool = False
+    """diffusers: once calls of a transformer have settled, run what one rank computes and sends in them as a program,
+    without the model's Python, which takes longer than a GPU does for short sequences. From the fifth call on."""
     weights: Path | None = None
     """Weights of the embedded model (safetensors); those of the package by default."""
     shape: tyro.conf.OmitArgPrefixes[RandomShape] = field(default_factory=RandomShape)
@@ -155,6 +159,7 @@ class Config:
             **self.of_model(),
             "strategy": self.strategy,
             "compiled": self.compile,
+            "captured": {},
             "simulated": self.simulate,
             "shard_weights": self.shard_weights,
             "low_memory": self.low_memory,
@@ -181,8 +186,9 @@ class Config:
         """Raise `InputError` for combinations that cannot work, whatever the layout."""
         if self.model in LARGE and self.checkpoint is None:
             raise InputError("--checkpoint", f"is missing; name {LARGE[self.model]}")
-        for flag, of in (("weights", ["digits"]), ("checkpoint", [*LARGE]), ("components", ["wan"])):
-            if getattr(self, flag) is not None and self.model not in of:
+        own = {"weights": ["digits"], "checkpoint": [*LARGE], "components": ["wan"], "capture": ["diffusers"]}
+        for flag, of in own.items():
+            if getattr(self, flag) not in (None, False) and self.model not in of:
                 raise InputError(f"--{flag}", f"is for --model {' or '.join(of)}; this is --model {self.model}")
         if self.model == "diffusers":
             self.check_untouched()
@@ -207,7 +213,7 @@ class Config:
 
     def check_untouched(self) -> None:
         """Raise `InputError` for what cannot be done to a model that others wrote."""
-        for flag, default in (("compile", False), ("shard_weights", False), ("low_memory", 0), ("simulate", False)):
+        for flag, default in (("shard_weights", False), ("low_memory", 0), ("simulate", False)):
             if getattr(self, flag) != default:
                 raise InputError(
                     f"--{flag.replace('_', '-')}",

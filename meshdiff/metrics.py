@@ -118,6 +118,8 @@ class RunMetrics:
     """Of self-attention, as it was asked for."""
     dtype: str
     compiled: bool
+    captured: dict[str, str]
+    """What became of capturing the calls of each transformer, where that was asked for."""
     shard_weights: bool
     low_memory: int
     seconds_total: float

@@ -95,6 +95,20 @@ def test_a_folder_is_run_like_any_other_model(folders, tmp_path):
     assert (tmp_path / "two" / "0001-a-cat" / "metrics.json").stat().st_mtime_ns == before
 
 
+def test_captured_steps_make_the_same_clip(folders, tmp_path):
+    flags = [*FLAGS[:-6], "--steps", "7", *FLAGS[-4:], "--checkpoint", str(folders / "flux"), "--cfg", "1"]
+    videos = []
+    for ranks, capture in (("1", []), ("1", ["--capture"]), ("2", ["--capture"])):
+        out = tmp_path / f"{ranks}{len(capture)}"
+        assert main([*flags, "--cp", ranks, *capture, "--out", str(out)]) == 0
+        videos.append(load_file(out / "video.safetensors")["video"])
+        told = json.loads((out / "metrics.json").read_text())["captured"]
+        assert told.keys() == ({"transformer"} if capture else set())
+        assert all(words.startswith("Captured: ") for words in told.values())
+    assert torch.equal(videos[0], videos[1])
+    assert torch.linalg.vector_norm(videos[0] - videos[2]) <= BOUND * torch.linalg.vector_norm(videos[0])
+
+
 def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
     (tmp_path / "list.txt").write_text("a cat\n")
     flags = ["--model", "diffusers", "--wandb", "disabled", "--height", "16", "--width", "16"]
@@ -113,7 +127,6 @@ def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
         (["--checkpoint", "promptless"], "--checkpoint: promptless is a .*, which takes no prompt; name the folder of"),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("bare", "cut", "garbled")),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("deeper", "newer")),
-        (["--checkpoint", "flux", "--compile"], "--compile: is not for --model diffusers, .*; leave it out$"),
         (["--checkpoint", "flux", "--shard-weights"], "--shard-weights: is not for --model diffusers"),
         (["--checkpoint", "flux", "--strategy", "hybrid"], "--strategy hybrid: is not for --model diffusers"),
         (["--checkpoint", "flux", "--frames", "9"], "--frames: is no option of a FluxPipeline"),

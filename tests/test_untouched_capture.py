@@ -184,7 +184,7 @@ class Case:
 MANY = [call(i) for i in range(7)]
 CASES = {
     # One call finds out, one is watched, one captured, one tried.
-    "captured": Case(MANY, runs=4, programs=1, told="Captured: its calls run as programs of "),
+    "captured": Case(MANY, runs=4, programs=1, told="operations a call, without the Python around them"),
     "by number": Case(MANY, by_number, runs=4, programs=1, told="Captured"),
     "chance": Case(MANY, chance, told="something else"),  # the seed is set by Python, and not again
     "numbers as arguments": Case(

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.choice import AUTO
-from meshdiff.untouched import Guidance, Parallelized, Report
+from meshdiff.untouched import Guidance, Make, Parallelized, Report
 from meshdiff.untouched import parallelize as parallelize_module
 
 __all__ = ["Parallel", "parallelize"]
@@ -38,6 +38,10 @@ class Parallel:
         """What each model that has been called did; see `meshdiff.parallelize`."""
         return {name: model.report() for name, model in self.models.items() if model.was_called}
 
+    def captured(self) -> dict[str, str]:
+        """What became of capturing the calls of each model, in one line; none if that was not asked for."""
+        return {name: model.captured for name, model in self.models.items() if model.captured}
+
     def remove(self) -> None:
         """Take the models off the mesh."""
         for of_model in (self.guidance, self.models):
@@ -46,7 +50,12 @@ class Parallel:
 
 
 def parallelize(
-    model: nn.Module | DiffusionPipeline, mesh: DeviceMesh, *, strategy: str = AUTO, verify: bool = False
+    model: nn.Module | DiffusionPipeline,
+    mesh: DeviceMesh,
+    *,
+    strategy: str = AUTO,
+    verify: bool = False,
+    capture: bool | Make = False,
 ) -> Parallel:
     """Put a model of diffusers, or the transformers of a pipeline, on a mesh.
 
@@ -62,6 +71,7 @@ def parallelize(
         mesh: `mesh["cp"]`, `mesh["cfg"]` or the 2-D `(cfg, cp)` mesh.
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call with the untouched model's; see `meshdiff.parallelize`.
+        capture: run calls that have settled as programs, without the model's Python; see `meshdiff.parallelize`.
 
     Raises:
         ValueError: for a pipeline without transformer, or another mesh.
@@ -83,7 +93,9 @@ def parallelize(
         for name, module in modules.items():
             if "cp" in names:
                 along_cp = mesh["cp"] if mesh.ndim > 1 else mesh
-                parallel.models[name] = parallelize_module(module, along_cp, strategy=strategy, verify=verify)
+                parallel.models[name] = parallelize_module(
+                    module, along_cp, strategy=strategy, verify=verify, capture=capture
+                )
             if "cfg" in names:
                 parallel.guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
     except Exception:

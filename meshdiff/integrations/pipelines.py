@@ -30,6 +30,7 @@ from meshdiff.errors import InputError
 from meshdiff.integrations.diffusers import parallelize
 from meshdiff.mesh import DP, replica
 from meshdiff.request import Request
+from meshdiff.untouched import Make
 
 __all__ = ["DiffusersModel", "DiffusersRequest", "DiffusersRun"]
 
@@ -171,9 +172,9 @@ class DiffusersModel:
                 named.append(_flag(name))
         return InputError(", ".join(named) or "--model diffusers", f"a {self.kind} refuses it: {words}")
 
-    def run(self, mesh: DeviceMesh, dtype: torch.dtype, strategy: str) -> DiffusersRun:
+    def run(self, mesh: DeviceMesh, dtype: torch.dtype, strategy: str, capture: bool | Make = False) -> DiffusersRun:
         """The pipeline, loaded, its transformers on the mesh."""
-        return DiffusersRun(self, mesh, dtype, strategy)
+        return DiffusersRun(self, mesh, dtype, strategy, capture)
 
 
 class DiffusersRun:
@@ -184,9 +185,17 @@ class DiffusersRun:
         mesh: from `init_mesh`; of one with replicas, this rank's takes part.
         dtype: of weights and activations.
         strategy: of mesh attention.
+        capture: run settled calls of the transformers as programs; see `meshdiff.parallelize`.
     """
 
-    def __init__(self, model: DiffusersModel, mesh: DeviceMesh, dtype: torch.dtype, strategy: str = AUTO) -> None:
+    def __init__(
+        self,
+        model: DiffusersModel,
+        mesh: DeviceMesh,
+        dtype: torch.dtype,
+        strategy: str = AUTO,
+        capture: bool | Make = False,
+    ) -> None:
         self.model = model
         self.replica = mesh.get_local_rank(DP) if DP in (mesh.mesh_dim_names or ()) else 0
         self.mesh = replica(mesh)
@@ -208,7 +217,7 @@ class DiffusersRun:
             raise model.unreadable("it has no weights for some of its layers") from error
         self.pipeline.set_progress_bar_config(disable=True)
         try:
-            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy)
+            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy, capture=capture)
         except ValueError as error:
             raise InputError("--checkpoint", f"{error}; name the folder of a pipeline that has one") from error
 

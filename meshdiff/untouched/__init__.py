@@ -19,8 +19,9 @@ before. What keeps that right and fast:
 
 from __future__ import annotations
 
+from meshdiff.untouched.capture import Make
 from meshdiff.untouched.guidance import Guidance
 from meshdiff.untouched.parallel import Parallelized, parallelize
 from meshdiff.untouched.report import Report
 
-__all__ = ["Guidance", "Parallelized", "Report", "parallelize"]
+__all__ = ["Guidance", "Make", "Parallelized", "Report", "parallelize"]

@@ -27,11 +27,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from meshdiff.agreement import from_every_rank, is_of_collective
+from meshdiff.untouched.calls import NotCaptured, described
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
-from meshdiff.untouched.state import SMALL, Ambient, ModelState
+from meshdiff.untouched.state import ModelState
 from meshdiff.untouched.tidy import tidy
-from meshdiff.untouched.watch import PLAIN, note_output, watching
+from meshdiff.untouched.watch import note_output, watching
 
 __all__ = ["Captures", "Make"]
 
@@ -42,10 +43,6 @@ CHANGES = 3
 
 Run = Callable[[Any, Any], Any]
 Make = Callable[[GraphModule], Callable[..., Any]]
-
-
-class _NotCaptured(Exception):
-    """This call has no program, for this reason."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +111,15 @@ class Captures:
     def __str__(self) -> str:
         if self.programs:
             sizes = " and ".join(f"{program.size:,}" for program in self.programs)
-            return f"Captured: its calls run as programs of {sizes} operations, without its Python"
+            return f"Captured: {sizes} operations a call, without the Python around them"
         return f"Not captured: {self._why_not or 'it has not been called often enough'}"
 
     def call(self, run: Run, args: Any, kwargs: Any) -> Any:
         """What the model returns, by its program if there is one, else by `run`, which calls the model on the mesh."""
         try:
-            key, tensors = _described(args, kwargs, self.mesh.device_type)
+            key, tensors = described(args, kwargs, self.mesh.device_type)
             kind = self._kind(key)
-        except _NotCaptured as reason:
+        except NotCaptured as reason:
             self._why_not = str(reason)
             return run(args, kwargs)
         if kind.program is not None and kind.program.state.changed(ModelState(self.module, values=False)):
@@ -137,10 +134,10 @@ class Captures:
 
     def _kind(self, key: Any) -> Kind:
         if key not in self._kinds and len(self._kinds) == MOST:
-            raise _NotCaptured(f"there are {MOST} kinds of calls already; is it given a number that changes?")
+            raise NotCaptured(f"there are {MOST} kinds of calls already; is it given a number that changes?")
         kind = self._kinds.setdefault(key, Kind())
         if kind.why_not:
-            raise _NotCaptured(kind.why_not)
+            raise NotCaptured(kind.why_not)
         return kind
 
     def _watch(self, kind: Kind, run: Run, args: Any, kwargs: Any) -> Any:
@@ -193,8 +190,8 @@ class Captures:
 
     def _try(self, kind: Kind, program: Program, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """A call by the model and by its program, with other inputs than those that it was captured with."""
-        on_cpu = self.mesh.device_type == "cpu"
-        with torch.random.fork_rng([] if on_cpu else None, device_type="cuda" if on_cpu else self.mesh.device_type):
+        devices = [] if self.mesh.device_type == "cpu" else [torch.accelerator.current_device_index()]
+        with torch.random.fork_rng(devices):  # both draw the same random numbers
             expected = run(args, kwargs)
         alike = _alike(program(tensors), expected)
         kind.was_tried = True
@@ -208,27 +205,6 @@ class Captures:
             kind.why_not = self._why_not = reasons[0]
             kind.program = None
         return not reasons
-
-
-def _described(args: Any, kwargs: Any, device_type: str) -> tuple[Any, list[Tensor]]:
-    """What decides the program of a call, and its tensors, each once."""
-    ambient = Ambient.now(device_type)
-    if ambient.grad or ambient.inference or any(dtype is not None for _, dtype in ambient.autocast):
-        raise _NotCaptured("only calls under torch.no_grad() and without autocast are captured")
-    leaves, structure = tree_flatten((args, kwargs))
-    tensors: dict[int, Tensor] = {}
-    places: dict[int, int] = {}
-    described: list[Any] = []
-    for leaf in leaves:
-        if type(leaf) in PLAIN:
-            place = places.setdefault(id(leaf), len(places))
-            tensors[id(leaf)] = leaf
-            described.append((place, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
-        elif type(leaf) in SMALL:
-            described.append((type(leaf), leaf))
-        else:
-            raise _NotCaptured(f"it is given a {type(leaf).__name__}, which may hold anything")
-    return (structure, tuple(described)), list(tensors.values())
 
 
 def _alike(output: Any, expected: Any) -> bool:

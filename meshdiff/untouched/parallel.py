@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_flatten
 
 from meshdiff.agreement import is_of_collective
 from meshdiff.attention.checks import is_checked
@@ -24,6 +23,7 @@ from meshdiff.attention.choice import AUTO
 from meshdiff.simulation import is_simulated
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import become_shards, find_blocks, shard_tokens
+from meshdiff.untouched.calls import signature_of
 from meshdiff.untouched.capture import Captures, Make
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.functions import OnShards
@@ -135,6 +135,8 @@ class Parallelized:
         if mesh.size() > 1:
             self._take_over_blocks()
             replace_forward(module, self._call)
+        elif self._captures is not None:
+            replace_forward(module, self._call_alone)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -147,12 +149,17 @@ class Parallelized:
         """
         if self._report is None:
             raise RuntimeError("there is nothing to report before the first call, or on a mesh of one rank")
-        return self._report if self._captures is None else replace(self._report, captured=str(self._captures))
+        return replace(self._report, captured=self.captured)
 
     @property
     def programs(self) -> list[GraphModule]:
         """What runs on this rank instead of the model, a graph for each kind of call; `print(graph.code)`."""
         return [] if self._captures is None else [program.graph for program in self._captures.programs]
+
+    @property
+    def captured(self) -> str:
+        """What became of capturing calls, in one line; "" if that was not asked for."""
+        return "" if self._captures is None else str(self._captures)
 
     @property
     def was_called(self) -> bool:
@@ -173,7 +180,7 @@ class Parallelized:
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self._running is not None:  # a module that calls itself
             return self._forward(*args, **kwargs)
-        signature = _signature(self.module, args, kwargs)
+        signature = signature_of(self.module, args, kwargs)
         if signature in self._settled:
             if is_checked():
                 check_alike(self.mesh, self.module, (args, kwargs))
@@ -193,6 +200,11 @@ class Parallelized:
         if self.verify:
             self._compare(output, args, kwargs)
         return output
+
+    def _call_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """On a mesh of one rank."""
+        assert self._captures is not None
+        return self._captures.call(lambda args, kwargs: self._forward(*args, **kwargs), args, kwargs)
 
     def _find_out(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again.
@@ -378,21 +390,3 @@ def _once(function: Callable[[DTensor], Tensor]) -> Callable[[DTensor], Tensor]:
         return made[id(tensor)][1]
 
     return call
-
-
-def _signature(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """What decides how a call runs: the shapes of its tensors and the values of everything else that is small."""
-    leaves, structure = tree_flatten((args, kwargs))
-    described = tuple(
-        (tuple(leaf.shape), leaf.dtype)
-        if isinstance(leaf, Tensor)
-        else str(leaf)[:50]
-        if _is_small(leaf)
-        else type(leaf)
-        for leaf in leaves
-    )
-    return described, str(structure), torch.is_grad_enabled(), module.training
-
-
-def _is_small(value: Any) -> bool:
-    return isinstance(value, (bool, str)) or value is None

@@ -32,19 +32,19 @@ def tidy(program: GraphModule, tensors: Sequence[Tensor], at_once: bool = True) 
     seen.run(*tensors)
     made: dict[tuple[Node, View], Node] = {}
     for node, (root, view) in seen.views.items():
-        is_first = made.setdefault((root, view), node) is node
+        earlier = made.setdefault((root, view), node)
         if view == seen.roots[root]:
             node.replace_all_uses_with(root)
-        elif not is_first:
-            node.replace_all_uses_with(made[root, view])
+        elif earlier is not node:
+            node.replace_all_uses_with(earlier)
         elif at_once and (node.target is operator.getitem or node.args[0] is not root):
             shape, stride, offset = view
             with program.graph.inserting_before(node):
-                at_once = program.graph.call_function(
+                direct = program.graph.call_function(
                     torch.ops.aten.as_strided.default, (root, list(shape), list(stride), offset)
                 )
-            node.replace_all_uses_with(at_once)
-            made[root, view] = at_once
+            node.replace_all_uses_with(direct)
+            made[root, view] = direct
     program.graph.eliminate_dead_code(is_impure_node=_is_needed)
     program.recompile()
 

@@ -13,17 +13,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meshdiff.untouched.calls import PLAIN
 from meshdiff.untouched.recorder import calling_line
 from meshdiff.untouched.state import SMALL, ModelState
 
-__all__ = ["Watch", "watching"]
+__all__ = ["Watch", "note_output", "watching"]
 
 READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__,
          Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}  # fmt: skip
 COPIES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 """These read the values of tensors that they are given, beneath whatever watches operations."""
 DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-PLAIN = (Tensor, nn.Parameter)
 
 
 class Watch:

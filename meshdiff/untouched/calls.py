@@ -1,0 +1,54 @@
+"""What decides how a call of a model runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from meshdiff.untouched.state import SMALL, Ambient
+
+__all__ = ["PLAIN", "NotCaptured", "described", "signature_of"]
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+class NotCaptured(Exception):
+    """This call has no program, for this reason."""
+
+
+def signature_of(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What decides how a call runs on a mesh: the shapes of its tensors, and the small values among the rest."""
+    leaves, structure = tree_flatten((args, kwargs))
+    facts = tuple(
+        (tuple(leaf.shape), leaf.dtype)
+        if isinstance(leaf, Tensor)
+        else str(leaf)[:50]
+        if isinstance(leaf, (bool, str)) or leaf is None
+        else type(leaf)
+        for leaf in leaves
+    )
+    return facts, str(structure), torch.is_grad_enabled(), module.training
+
+
+def described(args: Any, kwargs: Any, device_type: str) -> tuple[Any, list[Tensor]]:
+    """What decides the program of a call, and its tensors, each once."""
+    ambient = Ambient.now(device_type)
+    if ambient.grad or ambient.inference or any(dtype is not None for _, dtype in ambient.autocast):
+        raise NotCaptured("only calls under torch.no_grad() and without autocast are captured")
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors: dict[int, Tensor] = {}
+    places: dict[int, int] = {}
+    facts_of: list[Any] = []
+    for leaf in leaves:
+        if type(leaf) in PLAIN:
+            place = places.setdefault(id(leaf), len(places))
+            tensors[id(leaf)] = leaf
+            facts_of.append((place, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+        elif type(leaf) in SMALL:
+            facts_of.append((type(leaf), leaf))
+        else:
+            raise NotCaptured(f"it is given a {type(leaf).__name__}, which may hold anything")
+    return (structure, tuple(facts_of)), list(tensors.values())
