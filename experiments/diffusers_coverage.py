@@ -40,8 +40,8 @@ that takes tokens, in a tiny size ([`experiments/tiny_diffusers`](../experiments
 heads that the ranks do not divide wherever the class allows it, on processes of one machine. The error is relative to
 the untouched model on one device, in L2 norm; FLOPs, attention and collectives are of the largest number of ranks, in
 a call of its own shapes. Each is called {calls} times, with other values; "captured" has how many operations the
-program has as which the last calls of a rank run (`capture=True`), or why there is none. "Gathered" names
-the lines of code in blocks that needed whole tensors. An all-gather in `scaled_dot_product_attention` is the `gather` strategy,
+program has as which the last calls of a rank run (`capture=True`), or why there is none. "Gathered" names the lines
+of code in blocks that needed whole tensors. An all-gather in `scaled_dot_product_attention` is the `gather` strategy,
 which sends least where one head of key and value is for many of query.
 """
 CALLS = 7
