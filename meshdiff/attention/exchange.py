@@ -125,7 +125,7 @@ class _HeadsToSequence(torch.autograd.Function):
         mesh, group, (_, rank) = exchange.mesh, exchange.group, place_on(exchange.mesh)
         batch, _, _, head_dim = shards[0].shape
         received = all_to_all(
-            _pack_heads(exchange, *shards),
+            _pack_heads(exchange, group, *shards),
             _sizes(exchange, batch * head_dim, group, rank, by_tokens=False),
             _sizes(exchange, batch * head_dim, group, rank, by_tokens=True),
             mesh,
@@ -153,45 +153,84 @@ def _sizes(exchange: Exchange, unit: int, group: int, rank: int, *, by_tokens: b
 # than "everything, to everyone" halves the time of an exchange between two ranks.
 
 
+# Neighbouring ranks whose parts are alike share a copy: eight ranks take no more of them than three.
+
+
+def _stretches(parts: Sequence[Sequence[range]], alone: int | None = None) -> list[range]:
+    """Ranks one after the other, each of whose parts go on where those of the one before end, with the same lengths.
+
+    Args:
+        parts: of each rank.
+        alone: a rank that is to share with none.
+    """
+    found = [range(1)]
+    for rank, (before, own) in enumerate(pairwise(parts), start=1):
+        alike = len(before) == len(own) and all(
+            one.stop == other.start and len(one) == len(other) for one, other in zip(before, own, strict=True)
+        )
+        if alike and alone not in (rank - 1, rank):
+            found[-1] = range(found[-1].start, rank + 1)
+        else:
+            found.append(range(rank, rank + 1))
+    return found
+
+
+def _by_rank(exchange: Exchange) -> list[tuple[range, ...]]:
+    """The heads that each rank has of each tensor."""
+    return list(zip(*exchange.heads, strict=True))
+
+
 @on_each_rank
 def _pack_tokens(exchange: Exchange, rank: int, *shards: Tensor) -> Tensor:
     """Own tokens, for each other rank those of its heads."""
-    parts = [
-        shard.narrow(2, ranges[other].start, len(ranges[other])).transpose(1, 2)
-        for other in range(exchange.mesh.size())
-        for ranges, shard in zip(exchange.heads, shards, strict=True)
-        if other != rank
-    ]
-    buffer = shards[0].new_empty(sum(part.numel() for part in parts))
-    for message, part in zip(buffer.split([part.numel() for part in parts]), parts, strict=True):
-        message.view(part.shape).copy_(part)
+    heads, (batch, seq, _, head_dim) = _by_rank(exchange), shards[0].shape
+    unit, at = batch * seq * head_dim, 0
+    buffer = shards[0].new_empty(unit * sum(len(own) for r, ranges in enumerate(heads) for own in ranges if r != rank))
+    for others in _stretches(heads, alone=rank):
+        if rank in others:
+            continue
+        widths = [len(own) for own in heads[others.start]]
+        messages = buffer.narrow(0, at, len(others) * unit * sum(widths)).view(len(others), unit * sum(widths))
+        at += messages.numel()
+        for message, first, shard in zip(
+            messages.split([unit * width for width in widths], dim=1), heads[others.start], shards, strict=True
+        ):
+            sent = shard.narrow(2, first.start, len(others) * len(first))
+            message.view(len(others), batch, len(first), seq, head_dim).copy_(
+                sent.view(batch, seq, len(others), len(first), head_dim).permute(2, 0, 3, 1, 4)
+            )
     return buffer
 
 
 @on_each_rank
 def _unpack_tokens(received: Tensor, exchange: Exchange, group: int, rank: int, *shards: Tensor) -> tuple[Tensor, ...]:
     """`[batch, seq, own heads, head_dim]`, the tokens where they belong."""
-    tokens, (batch, _, _, head_dim) = exchange.tokens[group], shards[0].shape
-    heads = [ranges[rank] for ranges in exchange.heads]
-    others = [(other, i) for other in range(len(tokens)) if other != rank for i in range(len(shards))]
-    messages = received.split([batch * len(heads[i]) * tokens[other] * head_dim for other, i in others])
-    arrived = dict(zip(others, messages, strict=True))
-    whole = []
-    for i, (own, shard) in enumerate(zip(heads, shards, strict=True)):
-        if exchange.of_queries and i == 0:
-            tensor = shard.new_empty(batch, sum(tokens), len(own), head_dim).transpose(1, 2)
+    heads, places = _by_rank(exchange)[rank], exchange.places(group)
+    (batch, _, _, head_dim), seq, at = shards[0].shape, sum(exchange.tokens[group]), 0
+    whole = [shard.new_empty(batch, len(own), seq, head_dim) for own, shard in zip(heads, shards, strict=True)]
+    if exchange.of_queries:
+        whole[0] = shards[0].new_empty(batch, seq, len(heads[0]), head_dim).transpose(1, 2)
+    for others in _stretches(places, alone=rank):
+        tokens = [len(place) for place in places[others.start]]
+        sizes = [batch * len(own) * sum(tokens) * head_dim for own in heads]
+        if rank in others:
+            arrived = [
+                shard.narrow(2, own.start, len(own)).transpose(1, 2).unsqueeze(0)
+                for own, shard in zip(heads, shards, strict=True)
+            ]
         else:
-            tensor = shard.new_empty(batch, len(own), sum(tokens), head_dim)
-        for other, places in enumerate(exchange.places(group)):
-            if other == rank:
-                rows = shard.narrow(2, own.start, len(own)).transpose(1, 2)
-            else:
-                rows = arrived[other, i].view(batch, len(own), tokens[other], head_dim)
-            parts = rows.split([len(place) for place in places], dim=2) if len(places) > 1 else [rows]
-            for place, part in zip(places, parts, strict=True):
-                tensor.narrow(2, place.start, len(place)).copy_(part)
-        whole.append(tensor.transpose(1, 2))
-    return tuple(whole)
+            messages = received.narrow(0, at, len(others) * sum(sizes)).view(len(others), sum(sizes))
+            at += messages.numel()
+            arrived = [
+                message.view(len(others), batch, len(own), sum(tokens), head_dim)
+                for message, own in zip(messages.split(sizes, dim=1), heads, strict=True)
+            ]
+        for tensor, rows in zip(whole, arrived, strict=True):
+            for place, part in zip(places[others.start], rows.split(tokens, dim=3), strict=True):
+                there = tensor.narrow(2, place.start, len(others) * len(place))
+                there = there.view(batch, tensor.shape[1], len(others), len(place), head_dim)
+                there.permute(2, 0, 1, 3, 4).copy_(part)
+    return tuple(tensor.transpose(1, 2) for tensor in whole)
 
 
 # From heads to tokens, a message holds [seq, batch, heads, head_dim], with the heads of all tensors
@@ -199,13 +238,23 @@ def _unpack_tokens(received: Tensor, exchange: Exchange, group: int, rank: int, 
 
 
 @on_each_rank
-def _pack_heads(exchange: Exchange, *shards: Tensor) -> Tensor:
+def _pack_heads(exchange: Exchange, group: int, *shards: Tensor) -> Tensor:
     """Own heads of all tokens, those of one rank after those of another."""
     rows = [shard.transpose(0, 1) for shard in shards]
-    if exchange.order is not None:
-        places = [place for places in exchange.order for place in places]
-        rows = [torch.cat([tensor[place.start : place.stop] for place in places]) for tensor in rows]
-    return (torch.cat(rows, dim=2) if len(rows) > 1 else rows[0].contiguous()).view(-1)
+    if len(rows) > 1:
+        rows = [torch.cat(rows, dim=2)]
+    if exchange.order is None:
+        return rows[0].contiguous().view(-1)
+    (whole,), places, at = rows, exchange.places(group), 0
+    buffer = whole.new_empty(whole.shape)
+    for ranks in _stretches(places):
+        tokens = [len(place) for place in places[ranks.start]]
+        there = buffer.narrow(0, at, len(ranks) * sum(tokens)).view(len(ranks), sum(tokens), *whole.shape[1:])
+        at += len(ranks) * sum(tokens)
+        for place, part in zip(places[ranks.start], there.split(tokens, dim=1), strict=True):
+            sent = whole.narrow(0, place.start, len(ranks) * len(place))
+            part.copy_(sent.view(len(ranks), len(place), *whole.shape[1:]))
+    return buffer.view(-1)
 
 
 @on_each_rank
@@ -213,22 +262,32 @@ def _unpack_heads(
     received: Tensor, exchange: Exchange, group: int, rank: int, batch: int, head_dim: int
 ) -> tuple[Tensor, ...]:
     """`[batch, own seq, heads, head_dim]`, from parts that each hold some of the heads of each tensor."""
-    seq = exchange.tokens[group][rank]
-    widths = [[len(own) for own in ranges] for ranges in zip(*exchange.heads, strict=True)]  # [rank][tensor]
-    messages = received.split([seq * batch * sum(parts) * head_dim for parts in widths])
-    views = [
-        message.view(seq, batch, sum(parts), head_dim).transpose(0, 1).split(parts, dim=2)
-        for message, parts in zip(messages, widths, strict=True)
-    ]
-    return tuple(_join([parts[i] for parts in views], ranges) for i, ranges in enumerate(exchange.heads))
+    heads, seq, at = _by_rank(exchange), exchange.tokens[group][rank], 0
+    whole = [_unfilled(received, ranges, batch, seq, head_dim) for ranges in exchange.heads]
+    for ranks in _stretches(heads):
+        widths = [len(own) for own in heads[ranks.start]]
+        messages = received.narrow(0, at, len(ranks) * seq * batch * sum(widths) * head_dim)
+        at += messages.numel()
+        messages = messages.view(len(ranks), seq, batch, sum(widths), head_dim)
+        for tensor, ranges, part in zip(whole, exchange.heads, messages.split(widths, dim=3), strict=True):
+            first = ranges[ranks.start]
+            there = tensor.narrow(2, first.start, len(ranks) * len(first))
+            there = there.view(batch, seq, len(ranks), len(first), head_dim).permute(2, 1, 0, 3, 4)
+            if _are_apart(ranges):
+                there.copy_(part)
+            else:
+                there += part
+    return tuple(tensor.to(received.dtype) for tensor in whole)
 
 
-def _join(parts: list[Tensor], ranges: tuple[range, ...]) -> Tensor:
-    if all(one.stop <= other.start for one, other in pairwise(own for own in ranges if own)):
-        return torch.cat(parts, dim=2)
-    batch, seq, _, head_dim = parts[0].shape
-    heads, dtype = max(own.stop for own in ranges), torch.promote_types(parts[0].dtype, torch.float32)
-    total = parts[0].new_zeros(batch, seq, heads, head_dim, dtype=dtype)
-    for part, own in zip(parts, ranges, strict=True):
-        total[:, :, own.start : own.stop] += part
-    return total.to(parts[0].dtype)
+def _are_apart(ranges: Sequence[range]) -> bool:
+    """Whether no two ranks have the same head."""
+    return all(one.stop <= other.start for one, other in pairwise(own for own in ranges if own))
+
+
+def _unfilled(received: Tensor, ranges: Sequence[range], batch: int, seq: int, head_dim: int) -> Tensor:
+    """A place for heads to go; zeros to add to, as exactly as float32 does, where several ranks have one."""
+    shape = batch, seq, max(own.stop for own in ranges), head_dim
+    if _are_apart(ranges):
+        return received.new_empty(shape)
+    return received.new_zeros(shape, dtype=torch.promote_types(received.dtype, torch.float32))
