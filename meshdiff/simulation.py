@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["is_simulated", "largest", "on_each_rank", "outside", "rank_values", "simulate", "unwrap"]
+__all__ = ["holds_all_ranks", "is_simulated", "largest", "on_each_rank", "outside", "rank_values", "simulate", "unwrap"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,6 +83,11 @@ def is_simulated() -> bool:
     return dist.is_initialized() and dist.get_backend() == "fake"
 
 
+def holds_all_ranks() -> bool:
+    """Whether a tensor that is made here has a value for each rank, as in the body of `simulate`."""
+    return enabled_local_tensor_mode() is not None
+
+
 def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
     """Make `function` see plain tensors and integers of one rank at a time in a simulation.
 
@@ -94,7 +99,7 @@ def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if enabled_local_tensor_mode() is None:
+        if not holds_all_ranks():
             return function(*args, **kwargs)
         differentiate = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if not differentiate:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from meshdiff.agreement import is_of_collective
 from meshdiff.attention.checks import is_checked
 from meshdiff.attention.choice import AUTO
-from meshdiff.simulation import is_simulated
+from meshdiff.simulation import holds_all_ranks
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import become_shards, find_blocks, shard_tokens
 from meshdiff.untouched.calls import signature_of
@@ -111,7 +111,7 @@ class Parallelized:
             missing = sorted(set(blocks) - {name for name, _ in module.named_modules()})
             if missing:
                 raise ValueError(f"blocks={missing} are no submodules of {type(module).__name__}")
-        if capture and is_simulated():
+        if capture and holds_all_ranks():
             raise ValueError("capture=True takes real ranks: in a simulation one program would have to be every rank's")
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
