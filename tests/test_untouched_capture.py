@@ -186,7 +186,7 @@ CASES = {
     # One call finds out, one is watched, one captured, one tried.
     "captured": Case(MANY, runs=4, programs=1, told="operations a call, without the Python around them"),
     "by number": Case(MANY, by_number, runs=4, programs=1, told="Captured"),
-    "chance": Case(MANY, chance, told="something else"),  # the seed is set by Python, and not again
+    "chance": Case(MANY, chance, told="gives something else"),  # the seed is set by Python, and not again
     "numbers as arguments": Case(
         [call(i, by=float(1 + i % 2)) for i in range(14)], runs=7, programs=2, told="Captured"
     ),
@@ -217,7 +217,7 @@ CASES = {
     "state": Case(MANY, state, told="it changes last of itself"),
     "a weight that it writes": Case(MANY, buffer, told="it changes blocks.0.attn_in.bias of itself"),
     "an input that it writes": Case(MANY, input_, told="it writes to what it is given"),
-    "a global": Case(MANY, a_global, told="its program does something else than the model"),
+    "a global": Case(MANY, a_global, told="its program gives something else than the model"),
 }
 
 
@@ -246,14 +246,28 @@ def on_this_rank() -> dict[str, Any]:
     return found
 
 
-def traffic_and_compiled() -> tuple[Any, Any, float, str]:
-    """What a call sends on shards and as a program, whether both give the same bits, a compiled one's error, code."""
+def wrong(graph):
+    return lambda *tensors: [output * 1.01 for output in graph(*tensors)]
+
+
+def broken(graph):
+    def run(*tensors):
+        raise NotImplementedError("no compiler")
+
+    return run
+
+
+def traffic_and_compiled() -> tuple[Any, Any, list[float], str, list[str]]:
+    """What a call sends on shards and as a program, whether both give the same bits; of what is made of it, the errors.
+
+    And the code of the program, and what is told of each.
+    """
     mesh = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"]
     torch.manual_seed(0)
-    models = [Joint("") for _ in range(3)]
+    makes = [False, True, torch.compile, wrong, broken]
+    models = [Joint("") for _ in makes]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
-    makes = [False, True, torch.compile]
     handles = [parallelize(model, mesh, capture=make) for model, make in zip(models, makes, strict=True)]
     sent, outputs = [], []
     with torch.no_grad():
@@ -263,9 +277,10 @@ def traffic_and_compiled() -> tuple[Any, Any, float, str]:
                     output = handle(hidden, hidden[:, :5] * 2)
             sent.append(comms.as_dict())
             outputs.append(output)
-    assert all(handle.programs for handle in handles[1:]), [str(handle.report()).splitlines()[1] for handle in handles]
-    error = difference(outputs[2], outputs[0])
-    return from_every_rank((sent[:2], torch.equal(outputs[0], outputs[1]), error, handles[1].programs[0].code))
+    errors = [difference(output, outputs[0]) for output in outputs]
+    told = [handle.captured for handle in handles]
+    same = torch.equal(outputs[0], outputs[1])
+    return from_every_rank((sent[:2], same, errors, handles[1].programs[0].code, told))
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -294,11 +309,14 @@ def test_every_body_is_that_of_one_device(results):
 
 
 def test_a_program_sends_what_the_model_sends_and_can_be_read_and_compiled(tmp_path):
-    for sent, same, error, code in run_on_ranks("captured_traffic", 3, tmp_path):
+    for sent, same, errors, code, told in run_on_ranks("captured_traffic", 3, tmp_path):
         assert sent[0] == sent[1]
         assert same
-        assert error <= 1e-5
+        assert max(errors) <= 1e-5
         assert "torch.ops._c10d_functional.all_to_all_single" in code
+        assert [";" in words for words in told] == [False, False, False, True, True]
+        assert "as they are, for what was made of it gives something else than the model (1.0e-02 apart)" in told[3]
+        assert "as they are, for what was made of it cannot run: no compiler" in told[4]
 
 
 def detours(tokens, weight):

@@ -16,7 +16,7 @@ as nobody changes the model. All else runs without.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Program:
         run: what was made of the graph.
         structure, leaves: of the model's output; in the place of each tensor, `Tensor`.
         state: of the model that was captured.
+        note: why the graph itself is run, if something else was made of it.
     """
 
     graph: GraphModule
@@ -61,6 +62,7 @@ class Program:
     structure: TreeSpec
     leaves: tuple[Any, ...]
     state: ModelState
+    note: str = ""
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         made = iter(self.run(*tensors))
@@ -111,7 +113,8 @@ class Captures:
     def __str__(self) -> str:
         if self.programs:
             sizes = " and ".join(f"{program.size:,}" for program in self.programs)
-            return f"Captured: {sizes} operations a call, without the Python around them"
+            notes = {program.note for program in self.programs if program.note}
+            return "; ".join([f"Captured: {sizes} operations a call, without the Python around them", *sorted(notes)])
         return f"Not captured: {self._why_not or 'it has not been called often enough'}"
 
     def call(self, run: Run, args: Any, kwargs: Any) -> Any:
@@ -193,9 +196,16 @@ class Captures:
         devices = [] if self.mesh.device_type == "cpu" else [torch.accelerator.current_device_index()]
         with torch.random.fork_rng(devices):  # both draw the same random numbers
             expected = run(args, kwargs)
-        alike = _alike(program(tensors), expected)
+        reason = _otherwise(program, tensors, expected)
+        if program.run is not program.graph:
+            reasons = [of_rank for of_rank in from_every_rank(reason, self.mesh) if of_rank]
+            if reasons:
+                kind.program = replace(
+                    program, run=program.graph, note=f"as they are, for what was made of it {reasons[0]}"
+                )
+                reason = _otherwise(kind.program, tensors, expected)
         kind.was_tried = True
-        self._settle(kind, "" if alike else "its program does something else than the model")
+        self._settle(kind, f"its program {reason}" if reason else "")
         return expected
 
     def _settle(self, kind: Kind, reason: str) -> bool:
@@ -207,7 +217,17 @@ class Captures:
         return not reasons
 
 
-def _alike(output: Any, expected: Any) -> bool:
+def _otherwise(program: Program, tensors: list[Tensor], expected: Any) -> str:
+    """What a program does otherwise than the model; "" if it does the same."""
+    try:
+        output = program(tensors)
+    except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_of_collective(error):
+            raise
+        return f"cannot run: {explain(error)}"
     pairs = list(zip(tree_leaves(output), tree_leaves(expected), strict=True))
     others = [pair for pair in pairs if isinstance(pair[0], Tensor) and not pair[0].is_floating_point()]
-    return difference(output, expected) <= tolerance(expected) and all(torch.equal(*pair) for pair in others)
+    apart = difference(output, expected)
+    if apart <= tolerance(expected) and all(torch.equal(*pair) for pair in others):
+        return ""
+    return f"gives something else than the model ({apart:.1e} apart)"
