@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from contract import attention_bytes
@@ -14,6 +16,7 @@ import meshdiff.untouched.pending
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, place, simulate
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.simulation import unwrap
+from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.compare import difference
 from meshdiff.untouched.rows import Piece, rearrange
 
@@ -186,6 +189,16 @@ def test_without_the_watch_over_memory_a_write_would_be_lost(monkeypatch):
     with simulate(2):
         (found,) = values(parallelize(model, on_mesh(2))(**given))
     assert difference(found, expected) > 1e-3
+
+
+def test_what_a_thread_still_holds_is_not_in_use():
+    aliases, source, copies = Aliases(), torch.randn(3), [torch.randn(3)]
+    aliases.join(source, copies[0])
+    threading.Timer(0.05, copies.clear).start()  # as one does that has sent it
+    assert not aliases.copies(source)
+    copies = [torch.randn(3)]
+    aliases.join(source, copies[0])
+    assert aliases.copies(source)
 
 
 def test_gradients_arrive_whole_and_plain():

@@ -7,14 +7,20 @@ is watched, not names: views of a shard are in the shard's memory and right.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from meshdiff.simulation import rank_values
+from meshdiff.simulation import is_simulated, rank_values
 
 __all__ = ["Aliases", "memory"]
+
+MOMENT = 0.5
+"""Seconds."""
 
 
 def memory(tensor: Tensor) -> UntypedStorage:
@@ -56,7 +62,22 @@ class Aliases:
         if not self._groups:
             return False
         own = memory(tensor)._cdata
-        return any(member.cdata != own and not member.expired() for member in self._groups.get(own, ()))
+        others = [member for member in self._groups.get(own, ()) if member.cdata != own]
+        return any(not member.expired() for member in others) and not _expire_soon(others)
 
     def _group(self, storage: UntypedStorage) -> list[StorageWeakRef]:
         return self._groups.setdefault(storage._cdata, [StorageWeakRef(storage)])
+
+
+def _expire_soon(members: Sequence[StorageWeakRef]) -> bool:
+    """Whether nobody uses this memory but a thread that has sent it.
+
+    It lets go a moment after all ranks have waited for what it sent, sooner on some than on others, and
+    ranks have to agree about what is in use.
+    """
+    until = time.monotonic() + (0 if is_simulated() else MOMENT)
+    while not all(member.expired() for member in members):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.001)
+    return True

@@ -124,6 +124,8 @@ class Captures:
             kind = self._kind(key)
         except NotCaptured as reason:
             self._why_not = str(reason)
+            kind = None
+        if kind is None:
             return run(args, kwargs)
         if kind.program is not None and kind.program.state.changed(ModelState(self.module, values=False)):
             self._kinds[key] = kind = Kind(changes=kind.changes + 1)
