@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -217,6 +218,25 @@ def captured() -> dict:
     from test_untouched_capture import on_this_rank
 
     return on_this_rank()
+
+
+def captured_and_changed_on_one_rank() -> None:
+    """Rank 1 alone changes a model that is captured; ends with an error."""
+    from test_untouched_capture import MANY, Model, nothing, set_factor
+
+    from meshdiff import parallelize
+    from meshdiff.agreement import store
+
+    store().set_timeout(timedelta(seconds=3))
+    model = Model(nothing)
+    parallelize(model, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], capture=True)
+    with torch.no_grad():
+        for step in MANY:
+            step(model)
+        if dist.get_rank() == 1:
+            set_factor(model)
+        for step in MANY:
+            step(model)
 
 
 def captured_traffic() -> list:

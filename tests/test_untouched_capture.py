@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import PROGRAM, run_on_ranks, torchrun
 from test_untouched import Joint
 from test_untouched_calls import BODIES, CALLS, Tokens
 from torch import Tensor, nn
@@ -317,6 +318,13 @@ def test_a_program_sends_what_the_model_sends_and_can_be_read_and_compiled(tmp_p
         assert [";" in words for words in told] == [False, False, False, True, True]
         assert "as they are, for what was made of it gives something else than the model (1.0e-02 apart)" in told[3]
         assert "as they are, for what was made of it cannot run: no compiler" in told[4]
+
+
+def test_a_rank_that_alone_changes_the_model_is_told(tmp_path):
+    process = torchrun(2, str(PROGRAM), "captured_and_changed_on_one_rank", str(tmp_path / "none"))
+    assert process.returncode != 0
+    told = "other ranks have gone another way; what ended the call here: Model was changed: blocks.1.settings"
+    assert re.search(rf"\[rank1\]: RuntimeError: {re.escape(told)}", process.stderr), process.stderr[-3000:]
 
 
 def detours(tokens, weight):

@@ -127,7 +127,9 @@ class Captures:
             kind = None
         if kind is None:
             return run(args, kwargs)
-        if kind.program is not None and kind.program.state.changed(ModelState(self.module, values=False)):
+        what = "" if kind.program is None else kind.program.state.changed(ModelState(self.module, values=False))
+        if what:
+            self._agree(f"{type(self.module).__name__} was changed: {what}")
             self._kinds[key] = kind = Kind(changes=kind.changes + 1)
         if not kind.was_watched:
             return self._watch(kind, run, args, kwargs)
@@ -177,8 +179,7 @@ class Captures:
                 raise
             before.check(error)
             kind.why_not = self._why_not = explain(error)
-            self._retreats += 1
-            agree_to_retreat(self.mesh, f"{self.name}/capture/{self._retreats}", kind.why_not, error)
+            self._agree(kind.why_not)
             return run(args, kwargs)
         note_output(watch, outputs[0])
         if self._settle(kind, watch.found):
@@ -209,6 +210,15 @@ class Captures:
         kind.was_tried = True
         self._settle(kind, f"its program {reason}" if reason else "")
         return expected
+
+    def _agree(self, why: str) -> None:
+        """Wait until every rank leaves the way for this reason; one alone would wait for others in the next collective.
+
+        Raises:
+            RuntimeError: that names the reason, if they do not.
+        """
+        self._retreats += 1
+        agree_to_retreat(self.mesh, f"{self.name}/capture/{self._retreats}", why, RuntimeError(why))
 
     def _settle(self, kind: Kind, reason: str) -> bool:
         """Whether these calls may go on to have a program, which all ranks decide alike."""
