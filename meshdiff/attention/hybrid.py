@@ -48,7 +48,9 @@ def hybrid(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Te
         query, key, value = sequence_to_heads(together, query, key, value)
     else:
         (query,) = sequence_to_heads(Exchange(within, queries, (heads,), group), query)
-        key, value = sequence_to_heads(Exchange(within, keys, (key_heads, key_heads), group), key, value)
+        key, value = sequence_to_heads(
+            Exchange(within, keys, (key_heads, key_heads), group, of_queries=False), key, value
+        )
     mask = None if mask is None else _of_heads(mask, heads, member)
     attended = ring(problem.on(around, problem.ranks // size, size), query, key, value, mask)
     return heads_to_sequence(Exchange(within, queries, (heads,), group), attended)[0]

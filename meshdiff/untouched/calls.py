@@ -46,9 +46,10 @@ def described(args: Any, kwargs: Any, device_type: str) -> tuple[Any, list[Tenso
         if type(leaf) in PLAIN:
             place = places.setdefault(id(leaf), len(places))
             tensors[id(leaf)] = leaf
-            facts_of.append((place, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+            layout = leaf.shape, leaf.stride(), leaf.is_conj(), leaf.is_neg()
+            facts_of.append((place, *layout, leaf.dtype, leaf.device, leaf.requires_grad))
         elif type(leaf) in SMALL:
-            facts_of.append((type(leaf), leaf))
+            facts_of.append((type(leaf), repr(leaf) if type(leaf) is float else leaf))  # else 0.0 would be -0.0
         else:
             raise NotCaptured(f"it is given a {type(leaf).__name__}, which may hold anything")
     return (structure, tuple(facts_of)), list(tensors.values())

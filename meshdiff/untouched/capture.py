@@ -16,6 +16,7 @@ as nobody changes the model. All else runs without.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,14 +30,14 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from meshdiff.agreement import from_every_rank, is_of_collective
 from meshdiff.untouched.calls import NotCaptured, described
 from meshdiff.untouched.compare import difference, tolerance
+from meshdiff.untouched.facts import Facts
 from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
-from meshdiff.untouched.state import ModelState
 from meshdiff.untouched.tidy import tidy
 from meshdiff.untouched.watch import note_output, watching
 
 __all__ = ["Captures", "Make"]
 
-MOST = 16
+KINDS = 16
 """Kinds of calls of one model that are captured: where a number changes with every step, each call is another kind."""
 CHANGES = 3
 """How often a model may have changed between calls of a kind before they are no longer captured."""
@@ -53,7 +54,7 @@ class Program:
         graph: takes the tensors of a call, returns those of its output.
         run: what was made of the graph.
         structure, leaves: of the model's output; in the place of each tensor, `Tensor`.
-        state: of the model that was captured.
+        facts: of the model that was captured.
         note: why the graph itself is run, if something else was made of it.
     """
 
@@ -61,7 +62,7 @@ class Program:
     run: Callable[..., Any]
     structure: TreeSpec
     leaves: tuple[Any, ...]
-    state: ModelState
+    facts: Facts
     note: str = ""
 
     def __call__(self, tensors: list[Tensor]) -> Any:
@@ -127,10 +128,14 @@ class Captures:
             kind = None
         if kind is None:
             return run(args, kwargs)
-        what = "" if kind.program is None else kind.program.state.changed(ModelState(self.module, values=False))
+        what = "" if kind.program is None else kind.program.facts.changed(Facts(self.module))
         if what:
             self._agree(f"{type(self.module).__name__} was changed: {what}")
-            self._kinds[key] = kind = Kind(changes=kind.changes + 1)
+            self._kinds = {
+                key: kind if kind.program is None else Kind(changes=kind.changes + 1)
+                for key, kind in self._kinds.items()
+            }
+            kind = self._kinds[key]
         if not kind.was_watched:
             return self._watch(kind, run, args, kwargs)
         if kind.program is None:
@@ -140,8 +145,8 @@ class Captures:
         return kind.program(tensors)
 
     def _kind(self, key: Any) -> Kind:
-        if key not in self._kinds and len(self._kinds) == MOST:
-            raise NotCaptured(f"there are {MOST} kinds of calls already; is it given a number that changes?")
+        if key not in self._kinds and len(self._kinds) == KINDS:
+            raise NotCaptured(f"there are {KINDS} kinds of calls already; is it given a number that changes?")
         kind = self._kinds.setdefault(key, Kind())
         if kind.why_not:
             raise NotCaptured(kind.why_not)
@@ -149,6 +154,7 @@ class Captures:
 
     def _watch(self, kind: Kind, run: Run, args: Any, kwargs: Any) -> Any:
         """A call as it always is, in which we see whether it does something that a program would miss."""
+        self._agree("a call is new on this rank: of other shapes, strides or arguments, or of a model that was changed")
         with watching(self.module, self.replaced, (args, kwargs)) as watch:
             output = run(args, kwargs)
         note_output(watch, output)
@@ -183,21 +189,21 @@ class Captures:
             return run(args, kwargs)
         note_output(watch, outputs[0])
         if self._settle(kind, watch.found):
-            tidy(graph, tensors, at_once=self.make is None)
+            with self._same_numbers():
+                tidy(graph, tensors, at_once=self.make is None)
             flat, returned = tree_flatten(outputs[0])
             kind.program = Program(
                 graph,
                 graph if self.make is None else self.make(graph),
                 returned,
                 tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
-                ModelState(self.module, values=False),
+                Facts(self.module),
             )
         return outputs[0]
 
     def _try(self, kind: Kind, program: Program, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """A call by the model and by its program, with other inputs than those that it was captured with."""
-        devices = [] if self.mesh.device_type == "cpu" else [torch.accelerator.current_device_index()]
-        with torch.random.fork_rng(devices):  # both draw the same random numbers
+        with self._same_numbers():
             expected = run(args, kwargs)
         reason = _otherwise(program, tensors, expected)
         if program.run is not program.graph:
@@ -210,6 +216,11 @@ class Captures:
         kind.was_tried = True
         self._settle(kind, f"its program {reason}" if reason else "")
         return expected
+
+    def _same_numbers(self) -> AbstractContextManager[None]:
+        """The random numbers that are drawn in the body are those that are drawn after it."""
+        on_cpu = self.mesh.device_type == "cpu"
+        return torch.random.fork_rng([] if on_cpu else [torch.accelerator.current_device_index()])
 
     def _agree(self, why: str) -> None:
         """Wait until every rank leaves the way for this reason; one alone would wait for others in the next collective.
@@ -237,9 +248,16 @@ def _otherwise(program: Program, tensors: list[Tensor], expected: Any) -> str:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_of_collective(error):
             raise
         return f"cannot run: {explain(error)}"
-    pairs = list(zip(tree_leaves(output), tree_leaves(expected), strict=True))
-    others = [pair for pair in pairs if isinstance(pair[0], Tensor) and not pair[0].is_floating_point()]
+    (own, structure), (leaves, wanted) = tree_flatten(output), tree_flatten(expected)
+    if structure != wanted or not all(map(_same_kind, own, leaves)):
+        return "gives something of another form than the model"
     apart = difference(output, expected)
-    if apart <= tolerance(expected) and all(torch.equal(*pair) for pair in others):
-        return ""
-    return f"gives something else than the model ({apart:.1e} apart)"
+    return "" if apart <= tolerance(expected) else f"gives something else than the model ({apart:.1e} apart)"
+
+
+def _same_kind(leaf: Any, expected: Any) -> bool:
+    """Whether two leaves are alike, but for numbers of floating point tensors."""
+    if not isinstance(leaf, Tensor) or not isinstance(expected, Tensor):
+        return type(leaf) is type(expected) and leaf == expected
+    alike = leaf.shape == expected.shape and leaf.dtype == expected.dtype
+    return alike and (leaf.is_floating_point() or torch.equal(leaf, expected))

@@ -130,8 +130,9 @@ class Parallelized:
         self._failed_in: str | None = None  # the block that ended the last call
         self._forward = module.forward
         self._block_forwards: dict[str, Callable[..., Any]] = {}
+        replaced = {name for name, block in self.blocks.items() if "forward" not in vars(block)}
         make = None if isinstance(capture, bool) else capture
-        self._captures = Captures(module, mesh, self._name, self.blocks, make) if capture else None
+        self._captures = Captures(module, mesh, self._name, replaced, make) if capture else None
         if mesh.size() > 1:
             self._take_over_blocks()
             replace_forward(module, self._call)

@@ -1,4 +1,4 @@
-"""What must not change between a call that is put off, or captured, and the time that it runs."""
+"""What must not change between a call that is put off and the time that it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meshdiff.simulation import outside, rank_values
 
-__all__ = ["SMALL", "Ambient", "ModelState"]
+__all__ = ["DICTS", "MEMBERS", "OF_CALLS", "SMALL", "Ambient", "ModelState", "version"]
 
 Kind = tuple[torch.device, torch.dtype]
 
@@ -71,18 +71,13 @@ class ModelState:
     Small values count by value, other objects by which they are, tensors by
     their version as well, and weights by a few of their values: a write to
     `weight.data` leaves no other trace.
-
-    Args:
-        module: the model.
-        values: whether what is written to tensors counts, and not only which they are.
     """
 
-    def __init__(self, module: nn.Module, values: bool = True) -> None:
-        self._of_values = values
+    def __init__(self, module: nn.Module) -> None:
         self._kept: list[Any] = []  # an id says which object it is only while that lives
         self._weights: list[Tensor] = []
         self._parts = self._of_parts(module)
-        self._values = _samples(self._weights) if values else {}
+        self._values = _samples(self._weights)
 
     def changed(self, now: ModelState) -> str:
         """The name of something that is another one in `now`; "" if there is nothing."""
@@ -131,10 +126,7 @@ class ModelState:
         if weight is None:
             return None
         self._weights.append(weight)
-        return self._of_tensor(weight)
-
-    def _of_tensor(self, tensor: Tensor) -> Any:
-        return (id(tensor), _version(tensor)) if self._of_values else id(tensor)
+        return id(weight), version(weight)
 
     def _fact(self, value: Any, depth: int) -> Any:
         """What counts about a value."""
@@ -144,7 +136,7 @@ class ModelState:
             return self._of_items(value, depth)
         self._kept.append(value)
         if isinstance(value, Tensor):
-            return self._of_tensor(value)
+            return id(value), version(value)
         if isinstance(value, nn.Module):
             return id(value)
         inner = getattr(value, "__dict__", None)
@@ -168,7 +160,8 @@ class ModelState:
         return item if type(item) in SMALL else self._fact(item, 0)
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
+    """How often it has been written to."""
     try:
         return tensor._version
     except RuntimeError:  # made in inference mode, where nothing keeps count

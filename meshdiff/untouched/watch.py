@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.calls import PLAIN
+from meshdiff.untouched.facts import Facts
+from meshdiff.untouched.guard import kind_of
 from meshdiff.untouched.recorder import calling_line
-from meshdiff.untouched.state import SMALL, ModelState
+from meshdiff.untouched.state import SMALL, ModelState, version
 
 __all__ = ["Watch", "note_output", "watching"]
 
 READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__,
-         Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}  # fmt: skip
-COPIES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
-"""These read the values of tensors that they are given, beneath whatever watches operations."""
+         Tensor.__repr__, Tensor.__format__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}  # fmt: skip
+COPIES = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1,
+          torch.tensor_split: 1, Tensor.tensor_split: 1}  # fmt: skip
+"""These read the values of tensors that they are given, from that place on, beneath whatever watches operations."""
+READS_BENEATH = {"_pack_padded_sequence"}
 DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -46,12 +52,15 @@ def watching(module: nn.Module, replaced: Collection[str], arguments: Any) -> It
         arguments: what it is called with.
     """
     watch, before = Watch(), ModelState(module)
+    unseen = Facts(module).unseen
+    if unseen:
+        watch.note(f"it has {unseen}, of which a change could not be seen")
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    versions = [tensor._version for tensor in tensors]
+    versions = [version(tensor) for tensor in tensors]
     _note_hidden(watch, module, replaced)
     with _Functions(watch), _Operations(watch):
         yield watch
-    if versions != [tensor._version for tensor in tensors]:
+    if versions != [version(tensor) for tensor in tensors]:
         watch.note("it writes to what it is given")
     what = before.changed(ModelState(module))
     if what:
@@ -81,7 +90,9 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        copies = func in COPIES and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        copies = func in COPIES and any(
+            isinstance(leaf, Tensor) for leaf in tree_leaves((args[COPIES[func] :], kwargs))
+        )
         if copies or func in READS:
             self.watch.note(f"{func.__name__} ({calling_line()}) reads values of a tensor")
         return func(*args, **kwargs)
@@ -93,6 +104,7 @@ class _Operations(TorchDispatchMode):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
         self.watch = watch
+        self._made: dict[int, StorageWeakRef] = {}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -102,10 +114,25 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             self.watch.note(f"{func.name()} ({calling_line()}) is made of functions, into which nothing sees")
-        elif any(tag in func.tags for tag in DEPENDENT) and not _takes_by_number(func, args):
-            name = func._schema.name.removeprefix("aten::").replace("_local_scalar_dense", "item")
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::").replace("_local_scalar_dense", "item")
+        dependent = any(tag in func.tags for tag in DEPENDENT) or name in READS_BENEATH
+        if dependent and not _takes_by_number(func, args):
             self.watch.note(f"{name} ({calling_line()}) depends on values of a tensor")
-        return func(*args, **kwargs)
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            self.watch.note(f"{name} ({calling_line()}) draws from a generator of its own")
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for place in kind_of(func).written:
+                written = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
+                for leaf in tree_leaves(written):
+                    if isinstance(leaf, Tensor) and memory(leaf)._cdata not in self._made:
+                        self.watch.note(f"{name} ({calling_line()}) writes to what it has not made")
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                made = memory(leaf)
+                self._made.setdefault(made._cdata, StorageWeakRef(made))
+        return result
 
 
 def _takes_by_number(func: Any, args: Any) -> bool:
