@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from meshdiff.agreement import from_every_rank
 from meshdiff.untouched.compare import difference
 from meshdiff.untouched.tidy import tidy
 
+ELSEWHERE: dict[int, Tensor] = {}
 RAN: Counter[str] = Counter()
 """How often the Python of a model ran, on this rank."""
 
@@ -108,6 +110,34 @@ def a_global(model, tokens):
     return float(RAN[id(model)])
 
 
+def unseeded(model, tokens):
+    return F.dropout(tokens, 0.5, True).sum()
+
+
+def elsewhere(model, tokens):
+    return ELSEWHERE.setdefault(id(model), torch.zeros(1)).add_(1)
+
+
+def iterator(model, tokens):
+    model.numbers = getattr(model, "numbers", None) or itertools.count()
+    return float(next(model.numbers))
+
+
+def generator(model, tokens):
+    model.generator = getattr(model, "generator", None) or torch.Generator().manual_seed(1)
+    return torch.rand(1, generator=model.generator)
+
+
+class Holder:
+    def __init__(self, held):
+        self.held = held
+
+
+def helper(model, tokens):
+    model.helper = getattr(model, "helper", None) or Holder(Holder([{"by": 2.0}]))
+    return model.helper.held.held[0]["by"]
+
+
 def call(i: int, **given: Any) -> Callable[[nn.Module], Any]:
     return lambda model: model(CALLS[i % len(CALLS)].clone(), **given)
 
@@ -130,6 +160,28 @@ def replace_weight(model):
 
 def replace_data(model):
     model.blocks[0].attn_out.bias.data = model.blocks[0].attn_out.bias.data + 1
+
+
+def set_deep_inside(model):
+    model.helper.held.held[0]["by"] = 3.0
+
+
+def lay_out_otherwise(model):
+    model.blocks[0].attn_in.weight.data = model.blocks[0].attn_in.weight.data.t().contiguous().t()
+
+
+def as_another_class(model):
+    model.blocks[0].attn_in.__class__ = Doubled
+
+
+class Doubled(nn.Linear):
+    def forward(self, tokens):
+        return super().forward(tokens) * 2
+
+
+def block_of_its_own(model):
+    forward, calls = model.blocks[1].forward, []
+    model.blocks[1].forward = lambda tokens: calls.append(1) or (tokens if len(calls) > 5 else forward(tokens))
 
 
 def hook(model):
@@ -173,6 +225,7 @@ class Case:
         runs: how often the Python of the captured model runs; None for each time.
         programs: how many there are in the end.
         told: words of what the report says.
+        before: what is done to the model before it is put on the mesh.
     """
 
     steps: list[Callable[[nn.Module], Any]]
@@ -180,6 +233,7 @@ class Case:
     runs: int | None = None
     programs: int = 0
     told: str = "Not captured"
+    before: Callable[[nn.Module], Any] = nn.Module.eval
 
 
 MANY = [call(i) for i in range(7)]
@@ -216,8 +270,16 @@ CASES = {
     "what is true": Case(MANY, what_is_true, told="index (test_untouched_capture.py:"),
     "equality": Case(MANY, equality, told="equal (test_untouched_capture.py:"),
     "state": Case(MANY, state, told="it changes last of itself"),
-    "a weight that it writes": Case(MANY, buffer, told="it changes blocks.0.attn_in.bias of itself"),
-    "an input that it writes": Case(MANY, input_, told="it writes to what it is given"),
+    "a weight that it writes": Case(MANY, buffer, told="writes to what it has not made"),
+    "an input that it writes": Case(MANY, input_, told="writes to what it has not made"),
+    "random numbers": Case(MANY, unseeded, runs=4, programs=1, told="Captured"),
+    "deep inside": Case([*MANY, change(set_deep_inside), *MANY], helper, runs=7, programs=1, told="Captured"),
+    "another layout": Case([*MANY, change(lay_out_otherwise), *MANY], runs=7, programs=1, told="Captured"),
+    "another class": Case([*MANY, change(as_another_class), *MANY], runs=7, programs=1, told="Captured"),
+    "an iterator": Case(MANY, iterator, told="numbers, a count, of which a change could not be seen"),
+    "a generator": Case(MANY, generator, told="generator, a Generator, of which a change could not be seen"),
+    "a tensor elsewhere": Case(MANY, elsewhere, told="writes to what it has not made"),
+    "a forward of before": Case(MANY, told="blocks.1 has a forward of its own", before=block_of_its_own),
     "a global": Case(MANY, a_global, told="its program gives something else than the model"),
 }
 
@@ -228,9 +290,13 @@ def on_this_rank() -> dict[str, Any]:
     with torch.no_grad():
         for name, case in CASES.items():
             alone, model = Model(case.outside), Model(case.outside)
+            case.before(alone)
+            case.before(model)
             parallel = parallelize(model, mesh, capture=True)
+            torch.manual_seed(5)
             expected = [step(alone) for step in case.steps]
             RAN["model"] = 0
+            torch.manual_seed(5)
             outputs = [step(model) for step in case.steps]
             error = max(difference(*pair) for pair in zip(outputs, expected, strict=True))
             rest = [[one.get("by") for one in of if isinstance(one, dict)] for of in (outputs, expected)]

@@ -14,7 +14,8 @@ import enum
 import functools
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshdiff.untouched.state import DICTS, MEMBERS, OF_CALLS, SMALL
 
 __all__ = ["Facts"]
+
+HOLDERS = {*DICTS, set}
 
 STEADY = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.MappingProxyType),
@@ -71,7 +74,7 @@ class Facts:
         facts: dict[str, Any] = {
             key: value if type(value) in SMALL and type(value) is not float else self._fact(value, f"{name}.{key}")
             for key, value in own.items()
-            if (type(value) not in DICTS or value) and key not in MEMBERS
+            if (type(value) not in HOLDERS or value) and key not in MEMBERS
         }
         if not name:
             for key in OF_CALLS:
@@ -91,39 +94,41 @@ class Facts:
         return id(tensor), tensor.shape, layout, tensor.dtype, tensor.device, tensor.requires_grad
 
     def _fact(self, value: Any, name: str) -> Any:
-        kind = type(value)
+        kind: Any = type(value)
         if kind in SMALL:
             return kind, repr(value) if kind is float else value  # else 0.0 would be -0.0
         if isinstance(value, Tensor):
             return self._of_tensor(value)
         self._kept.append(value)
-        if isinstance(value, STEADY):
-            return id(value)
-        if id(value) in self._seen:
+        if _is_steady(kind) or id(value) in self._seen:
             return id(value)
         if isinstance(value, nn.Module):
             self._waiting.append((name.lstrip("."), value))
             return id(value)
         self._seen.add(id(value))
         inner: Any = ()
-        if isinstance(value, (dict, OrderedDict)):
+        if isinstance(value, dict):
             inner = tuple((self._fact(key, name), self._fact(item, f"{name}.{key}")) for key, item in value.items())
         elif isinstance(value, (list, tuple, deque)):
             inner = tuple(self._fact(item, name) for item in value)
         elif isinstance(value, (set, frozenset)):
             inner = frozenset(self._fact(item, name) for item in value)
-        elif not self._is_open(value):
+        elif not _is_open(kind):
             self.unseen = self.unseen or f"{name.lstrip('.')}, a {kind.__name__}"
         held = getattr(value, "__dict__", None)
         attributes = tuple((key, self._fact(item, f"{name}.{key}")) for key, item in held.items()) if held else ()
         return id(value), kind, inner, attributes
 
-    @staticmethod
-    def _is_open(value: Any) -> bool:
-        """Whether all that an object has is in its dict: it has one, and no class of it adds slots or is made in C."""
-        if not hasattr(value, "__dict__"):
-            return False
-        return all(cls.__flags__ & _HEAP and not cls.__dict__.get("__slots__") for cls in type(value).__mro__[:-1])
+
+@lru_cache(maxsize=4096)
+def _is_steady(kind: type) -> bool:
+    return issubclass(kind, STEADY)
+
+
+@lru_cache(maxsize=4096)
+def _is_open(kind: type) -> bool:
+    """Whether all that an object has is in its dict: there is one, and no class of it adds slots or is made in C."""
+    return all(cls.__flags__ & _HEAP and not cls.__dict__.get("__slots__") for cls in kind.__mro__[:-1])
 
 
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
