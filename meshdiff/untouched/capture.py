@@ -6,11 +6,13 @@ is these operations, on the plain tensors of one rank, collectives included, as
 torch's `make_fx` notes them while the model runs: an `fx` graph, to be run, read
 or compiled. Weights are in it by which tensors they are, not by value.
 
-Whatever else a model's Python does is not done again. So a call has a program
-only if nothing of that is missed, as far as it can be seen: it is watched once
-(`watch`), captured the next time, and its program is tried in the call after
-that, beside the model. A program runs only for calls like that one, and as long
-as nobody changes the model. All else runs without.
+Whatever else a model's Python does is not done again. So a call is watched once
+(`watch`): it has no program if it reads values of tensors, writes to what it has
+not made, changes the model, or calls hooks. It is captured the next time, and
+the program is tried in the call after that, beside the model. From then on it
+runs for calls like that one (`calls`), as long as the model is what it was
+(`facts`). All else runs without. To capture and to try takes three calls more,
+once: what these compute and send is thrown away.
 """
 
 from __future__ import annotations

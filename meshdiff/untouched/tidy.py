@@ -20,11 +20,13 @@ View = tuple[torch.Size, tuple[int, ...], int]
 def tidy(program: GraphModule, tensors: Sequence[Tensor], at_once: bool = True) -> None:
     """Have every view taken once, and from what was computed; drop what nobody uses.
 
-    Where something was computed, its layout in memory is the same in every call.
-    Inputs and weights may lie elsewhere the next time: views of them stay.
+    How inputs and weights lie decides how what is computed of them does, and a
+    program is for those that lie alike. Where they start in their memory may be
+    another place each time: views of inputs and weights themselves stay.
 
     Args:
-        program: of operations of `aten` and collectives. It is run once, to see where its views are, and changed.
+        program: of operations of `aten` and collectives. It is run once, to see where its views are: it sends what
+            it sends, and draws random numbers. And changed.
         tensors: its inputs, to which it does not write.
         at_once: take a view of a view in one step, by where it is in memory; not for who lays out memory anew.
     """
