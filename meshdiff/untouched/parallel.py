@@ -73,8 +73,8 @@ def parallelize(
             the operations and collectives of one rank, without the Python that
             led there, see `meshdiff.untouched.capture`. True runs them as they
             are; a function of a `torch.fx.GraphModule` makes of it what is run,
-            `torch.compile` say. What the model reads that is neither an argument,
-            nor on the model, nor a tensor (a global, a clock) stays as it was.
+            `torch.compile` say. What the model's Python reads that is neither an
+            argument nor an attribute (a global, a clock) stays as it was.
 
     Returns:
         A handle: `report()` tells what the last new call did, `programs` has what
