@@ -60,7 +60,7 @@ class Exchange:
             head of key and value that several ranks need goes to each of them.
         group: which of the lists is this rank's.
         order: where the tokens of each rank are among all, if not those of one rank after those of another.
-        of_queries: whether the first tensor is a query.
+        of_queries: whether the first tensor is a query, which decides how it is laid out, never what comes of it.
     """
 
     mesh: DeviceMesh
@@ -151,9 +151,9 @@ def _sizes(exchange: Exchange, unit: int, group: int, rank: int, *, by_tokens: b
 # a tensor laid out as kernels read it fastest, or only once, into the latter. A query is laid out as
 # kernels are to lay out their output, which is as they are given it. Sending less through the buffers
 # than "everything, to everyone" halves the time of an exchange between two ranks.
-
-
-# Neighbouring ranks whose parts are alike share a copy: eight ranks take no more of them than three.
+#
+# Neighbouring ranks whose parts are alike share a copy. Where all are, eight ranks take no more of them
+# than three: one for those before this rank, one for itself, one for those after it.
 
 
 def _stretches(parts: Sequence[Sequence[range]], alone: int | None = None) -> list[range]:
