@@ -16,6 +16,8 @@ for the other there.
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from meshdiff.placements import WHOLE
 from meshdiff.shards import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["all_gather", "known", "on_shards"]
+__all__ = ["all_gather", "known", "on_shards", "uncompiled"]
 
 LINEAR_TAKES_SHARDS = torch.__version__ >= "2.13"  # which compares numbers
 
@@ -38,6 +40,32 @@ all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_ten
 def known(config: type, **options: Any) -> dict[str, Any]:
     """Those of the options that the dataclass has."""
     return {name: options[name] for name in options.keys() & {field.name for field in dataclasses.fields(config)}}
+
+
+def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that torch.compile is not to trace, nor what it calls.
+
+    `torch.compiler.disable` takes seconds to import, which where nothing is compiled nobody has to wait for.
+    """
+    global _inside
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or _inside:
+        return function(*args, **kwargs)
+    return dynamo.disable(_call, reason=UNCOMPILED)(function, *args, **kwargs)
+
+
+_inside = 0
+
+UNCOMPILED = "it is on a mesh; compile what each rank runs instead: meshdiff.parallelize(..., capture=torch.compile)"
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    global _inside
+    _inside += 1
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _inside -= 1
 
 
 def on_shards(module: nn.Module) -> nn.Module:

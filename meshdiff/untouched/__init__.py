@@ -12,8 +12,8 @@ before. What keeps that right and fast:
 - `guard`: which operations are known to be right on shards; all others run on whole tensors.
 - `aliases`: a write to what is a view on one device and a copy here is noticed before it happens.
 - `capture`: calls that have settled as programs of one rank, without all of this; `watch` sees what these would miss.
-- `guidance`: the branches of a guided step at once, on the ranks of another mesh dim; a call is put
-  off (`later`) as long as nobody changes the model (`state`).
+- `guidance`: the branches of a guided step at once, on the ranks of another mesh dim: calls (`branch_calls`) that are
+  deferred (`deferred`) or rows of a batch (`branch_rows`), and the exchange of what they return (`branch_exchange`).
 - `recorder`, `report`: what was done, and what was sent for it.
 """
 

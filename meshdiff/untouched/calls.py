@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from meshdiff.untouched.state import SMALL, Ambient
+from meshdiff.untouched.snapshot import SMALL
+from meshdiff.untouched.state import Ambient
 
-__all__ = ["PLAIN", "NotCaptured", "described", "signature_of"]
+__all__ = ["PLAIN", "NotCaptured", "described", "is_due", "signature_of"]
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -31,6 +32,15 @@ def signature_of(module: nn.Module, args: Any, kwargs: Any) -> Any:
         for leaf in leaves
     )
     return facts, str(structure), torch.is_grad_enabled(), module.training
+
+
+def is_due(calls: int) -> bool:
+    """Whether ranks compare the inputs of the call of that number, from 1.
+
+    The first ones, of which the second or third is already of what a sampler has
+    made of the noise that it drew, and others more and more seldom.
+    """
+    return calls <= 4 or calls & (calls - 1) == 0
 
 
 def described(args: Any, kwargs: Any, device_type: str) -> tuple[Any, list[Tensor]]:

@@ -17,7 +17,7 @@ once: what these compute and send is thrown away.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,14 +96,11 @@ class Captures:
         module: the model.
         mesh: the 1-D mesh that it is on.
         name: of this model, the same on every rank, and no other's.
-        replaced: names of the submodules whose forward was replaced to put the model on the mesh.
         make: makes of a graph what is run, `torch.compile` say; None to run the graph itself.
     """
 
-    def __init__(
-        self, module: nn.Module, mesh: DeviceMesh, name: str, replaced: Collection[str], make: Make | None
-    ) -> None:
-        self.module, self.mesh, self.name, self.replaced, self.make = module, mesh, name, replaced, make
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, name: str, make: Make | None) -> None:
+        self.module, self.mesh, self.name, self.make = module, mesh, name, make
         self._kinds: dict[Any, Kind] = {}
         self._why_not = ""  # of the last call without a program
         self._retreats = 0
@@ -157,7 +154,7 @@ class Captures:
     def _watch(self, kind: Kind, run: Run, args: Any, kwargs: Any) -> Any:
         """A call as it always is, in which we see whether it does something that a program would miss."""
         self._agree("a call is new on this rank: of other shapes, strides or arguments, or of a model that was changed")
-        with watching(self.module, self.replaced, (args, kwargs)) as watch:
+        with watching(self.module, (args, kwargs)) as watch:
             output = run(args, kwargs)
         note_output(watch, output)
         if kind.changes >= CHANGES:
@@ -179,13 +176,13 @@ class Captures:
 
         before = Before(self.module, args, kwargs)
         try:
-            with watching(self.module, self.replaced, (args, kwargs)) as watch:
+            with watching(self.module, (args, kwargs)) as watch:
                 # Aliases, or a weight that is given as well would be an input where it is a weight.
                 graph = make_fx(program)(*(tensor.detach() for tensor in tensors))
         except Exception as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_of_collective(error):
                 raise
-            before.check(error)
+            before.restore(error)
             kind.why_not = self._why_not = explain(error)
             self._agree(kind.why_not)
             return run(args, kwargs)

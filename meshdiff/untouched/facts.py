@@ -23,11 +23,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.untouched.state import DICTS, MEMBERS, OF_CALLS, SMALL
+from meshdiff.untouched.patching import KEY, original_class
+from meshdiff.untouched.snapshot import DICTS, MEMBERS, OF_CALLS, SMALL
 
 __all__ = ["Facts"]
 
 HOLDERS = {*DICTS, set}
+HIDDEN = {*MEMBERS, KEY}
+"""Attributes of a module that are looked at in another way, or are not the model's."""
 
 STEADY = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.MappingProxyType),
@@ -74,12 +77,12 @@ class Facts:
         facts: dict[str, Any] = {
             key: value if type(value) in SMALL and type(value) is not float else self._fact(value, f"{name}.{key}")
             for key, value in own.items()
-            if (type(value) not in HOLDERS or value) and key not in MEMBERS
+            if (type(value) not in HOLDERS or value) and key not in HIDDEN
         }
         if not name:
             for key in OF_CALLS:
                 facts.pop(key, None)
-        facts["its class"] = type(part), *map(type, own.values())
+        facts["its class"] = original_class(part), *map(type, own.values())
         for members in (part._parameters, part._buffers):
             facts.update({key: self._of_tensor(weight) for key, weight in members.items() if weight is not None})
         for key, child in part._modules.items():

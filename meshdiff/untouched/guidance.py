@@ -1,122 +1,114 @@
-"""Guidance of pipelines that others wrote: the branches of a step run at once, one on each rank of `cfg`.
+"""Guidance of pipelines that others wrote: the branches of a step at once, one on each rank of `cfg`.
 
-A pipeline either doubles the batch, which is then shared out between ranks, or
-calls the model once a branch. Such a call is put off: if the next one comes
-before anybody has looked at its output, both run at once. If somebody looks
-first, it runs then, on all ranks. What it raises is raised to whoever looks.
+A pipeline either doubles the batch, whose rows are then divided between ranks,
+or calls the model once a branch. Such a call is deferred: its output is made of
+tensors that are computed when they are first used. If the next call comes
+before that, both run at once; else it runs then, on all ranks.
+
+The first calls of each kind run on all ranks in their order, with the caller's
+own tensors. That shows what a call returns, and whether it can be deferred at
+all: a model that keeps something from one call to the next, or writes to what
+it is given, never is. Later calls are looked at as well, as a cache may begin
+at some step: the model is then put back, and the calls run in their order.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from meshdiff.agreement import from_every_rank, is_of_collective
-from meshdiff.attention.problem import chunk_ranges
-from meshdiff.placements import BRANCHES
+from meshdiff.agreement import from_every_rank
+from meshdiff.attention.checks import is_checked
 from meshdiff.simulation import is_simulated, on_each_rank
+from meshdiff.untouched.branch_calls import Call, Failure, Kind, Written, batch_of, others_can_hear
+from meshdiff.untouched.branch_exchange import Form, exchange
+from meshdiff.untouched.branch_rows import joined, row_forms, rows_of
+from meshdiff.untouched.calls import is_due, signature_of
 from meshdiff.untouched.compare import difference, tolerance
-from meshdiff.untouched.later import Later
-from meshdiff.untouched.parallel import replace_forward
-from meshdiff.untouched.retreat import check_alike
-from meshdiff.untouched.state import Ambient, ModelState
+from meshdiff.untouched.deferred import OutputForm
+from meshdiff.untouched.patching import Interception, owners
+from meshdiff.untouched.retreat import check_alike, explain
+from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable
+from meshdiff.untouched.state import Ambient
+from meshdiff.untouched.tensors import out_of_inference
 
 __all__ = ["Guidance"]
 
-Meta = tuple[tuple[int, ...], torch.dtype]
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of the model, with tensors of its own, and its output, or what it raised, once it has run."""
-
-    args: Any
-    kwargs: Any
-    ambient: Ambient
-    output: Any = None
-    error: BaseException | None = None
-
-    @cached_property
-    def signature(self) -> Any:
-        leaves, structure = tree_flatten((self.args, self.kwargs))
-        described = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-        return structure, described, self.ambient
+KINDS = 256
+"""Kinds of calls that are known at a time."""
+CHANGES = 3
+"""Times that the model may be changed between the calls of a step before these are no longer deferred."""
+FAILURES = 3
+"""Times that ranks may fail at their parts before calls are no longer divided."""
+GROWS = 3
+"""Calls of a kind after which a model may have grown, as by a table of positions, before it is said to keep state."""
 
 
 class Guidance:
     """A model whose calls of one step run at once; see above.
 
     Args:
-        module: the model, untouched or on a `cp` mesh already.
+        module: the model, as it is or on a `cp` mesh already.
         mesh: the 1-D mesh of the ranks that share the branches.
+
+    Raises:
+        ValueError: if the model is on such a mesh already.
     """
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh) -> None:
+        if any(isinstance(owner, Guidance) for owner in owners(module)):
+            raise ValueError(f"{type(module).__name__} is on a cfg mesh already; remove() it there first")
         self.module, self.mesh = module, mesh
-        self._forward = module.forward
-        self._replaced = {key: value for key, value in vars(module).items() if key == "forward"}
+        self.fallback = ""
+        """Why every rank does all calls, in their order; "" if they are divided."""
+        self._kinds: dict[Any, Kind] = {}
         self._pending: list[Call] = []
-        self._state: ModelState | None = None  # when the first of them was put off
-        self._metas: dict[Any, list[list[Meta]] | None] = {}
-        self._splits: dict[Any, bool] = {}
-        self._seen: set[Any] = set()
-        if mesh.size() > 1:
-            replace_forward(module, self._call)
+        self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
+        self._changes = self._failures = 0
+        self._interception = Interception(module, self._call, self) if mesh.size() > 1 else None
 
     def remove(self) -> None:
-        """Give the model back the forward that it had."""
-        if self.mesh.size() > 1:
+        """Calls of the model are its own again."""
+        if self._interception is not None:
             self._run()
-            del vars(self.module)["forward"]
-            vars(self.module).update(self._replaced)
+            self._interception.remove()
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._may_wait(args, kwargs):
+    def _call(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        args, kwargs = out_of_inference((args, kwargs))
+        if not self._may_divide(args, kwargs):
             self._run()
-            return self._forward(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))  # the caller may write to its own
-        call = Call(args, kwargs, Ambient.now(self.mesh.device_type))
-        if call.signature not in self._seen:
-            check_alike(self.mesh, self.module, (args, kwargs))
-            self._seen.add(call.signature)
-        if _batch(call) > 1:
+            return inner(*args, **kwargs)
+        kind = self._kind(args, kwargs)
+        if is_checked() or is_due(kind.calls):
+            check_alike(self.mesh, self.module, (args, kwargs), weights=is_checked() or kind.calls == 1)
+        if self.fallback:
+            return inner(*args, **kwargs)
+        if kind.form is None:
+            self._run()
+            return self._try(kind, inner, args, kwargs)
+        call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))
+        if kind.on_rows and batch_of(args, kwargs) > 1:
             self._run()
             return self._on_rows(call)
-        self._put_off(call)
-        if call.error is not None:
-            raise call.error
+        return self._defer(call)
 
-        def look() -> Any:
-            if call in self._pending:
-                self._run()
-            if call.error is not None:
-                raise call.error
-            return call.output
+    def _kind(self, args: Any, kwargs: Any) -> Kind:
+        key = signature_of(self.module, args, kwargs), Ambient.now(self.mesh.device_type)
+        kind = self._kinds.pop(key, None) or Kind()
+        self._kinds[key] = kind  # the latest is the last
+        if len(self._kinds) > KINDS:
+            del self._kinds[next(iter(self._kinds))]
+        kind.calls += 1
+        return kind
 
-        return Later(look)
-
-    def _put_off(self, call: Call) -> None:
-        """Until the others of its step are there."""
-        self._drop_if_changed()
-        if not self._pending:
-            self._state = ModelState(self.module)
-        self._pending.append(call)
-        if len(self._pending) == self.mesh.size():
-            self._run_all()
-
-    def _may_wait(self, args: Any, kwargs: Any) -> bool:
-        """Whether the call may run later: its arguments can be kept, nobody trains, and no cache is on.
-
-        That the model keeps nothing from one call to the next is not looked at.
-        """
+    def _may_divide(self, args: Any, kwargs: Any) -> bool:
+        """Whether arguments can be kept for later and sent in part, nobody trains, and no cache of diffusers is on."""
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         training = torch.is_grad_enabled() and any(t.requires_grad for t in [*tensors, *self.module.parameters()])
@@ -124,198 +116,303 @@ class Guidance:
         plain = all(isinstance(leaf, known) for leaf in leaves)
         return plain and not training and not getattr(self.module, "is_cache_enabled", False)
 
-    def _run(self) -> None:
-        """The calls that wait, if the model still is what they were made for."""
-        self._drop_if_changed()
-        self._run_all()
+    def _now(self) -> ModuleSnapshot:
+        """The model as it is now."""
+        self._state = ModuleSnapshot(self.module) if self._state is None else self._state.again()
+        return self._state
 
-    def _drop_if_changed(self) -> None:
-        what = self._state.changed(ModelState(self.module)) if self._state is not None else ""
-        for call in self._taken() if what else ():
-            call.error = RuntimeError(
-                f"{type(self.module).__name__} was changed ({what}) between the calls of a guided step, the first of "
-                "which had not run yet; look at its output before changing the model, or use a mesh without cfg"
+    def _fall_back(self, reason: str) -> None:
+        """Let every rank do all calls from now on."""
+        if not self.fallback:
+            self.fallback = reason
+            warnings.warn(
+                f"{type(self.module).__name__} {reason}; every rank of cfg does all of its calls, in their order",
+                stacklevel=2,
             )
 
+    # The first calls of a kind, on all ranks in their order.
+
+    def _try(self, kind: Kind, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        before, given = self._now(), Written((args, kwargs))
+        output, error = None, None
+        try:
+            output = inner(*args, **kwargs)
+        except Exception as raised:
+            if not others_can_hear(raised):
+                raise
+            error = raised
+        now = self._now()
+        grew = before.only_grew(now)
+        told = from_every_rank(
+            (explain(error) if error else "", before.changed(now), grew, given.was_written()), self.mesh
+        )
+        error = error or self._of_other_rank([of_rank[0] for of_rank in told])
+        if error is not None:
+            raise error
+        what = next((of_rank[1] for of_rank in told if of_rank[1]), "")
+        if any(of_rank[3] for of_rank in told):
+            self._fall_back("writes to what it is given")
+        elif what and not (all(of_rank[2] for of_rank in told) and kind.grew < GROWS):
+            self._fall_back(f"keeps something from one call to the next ({what})")
+        elif what:
+            kind.grew += 1
+        else:
+            self._settle(kind, inner, args, kwargs, output)
+        return output
+
+    def _of_other_rank(self, reasons: Sequence[str]) -> RuntimeError | None:
+        """The error of a call that some ranks alone ran into; None if there are none."""
+        for rank, reason in enumerate(reasons):
+            if reason:
+                model = type(self.module).__name__
+                return RuntimeError(f"{model} raised on rank {rank} of this mesh and not on all: {reason}")
+        return None
+
+    def _settle(self, kind: Kind, inner: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None:
+        """Let ranks divide further calls of a kind, one of which has left the model as it was."""
+        form = OutputForm.of(output)
+        if form is None:
+            self._fall_back("does not return tensors alone")
+            return
+        kind.form, kind.on_rows = form, False
+        if batch_of(args, kwargs) > 1:
+            call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))
+            kind.on_rows = self._try_rows(call, output)
+
+    # A batch, each rank some of its rows.
+
+    def _on_rows(self, call: Call) -> Any:
+        self._now()
+        parts = self._divided(call, rows_of(call, self.mesh), row_forms(call, self.mesh))
+        if parts is not None:
+            return joined(call, parts, self.mesh)
+        self._run_in_order([call], shared=True)
+        return call.result()
+
+    def _try_rows(self, call: Call, expected: Any) -> bool:
+        """Whether rows can be done apart: what is a batch is a guess, which may be wrong and may raise."""
+        before, reason = ModuleSnapshot(self.module, copies=True), ""
+        batch, forms = call.batch, row_forms(call, self.mesh)
+        output = None
+        if not all(form is None or (form[0] and form[0][0] == batch) for form in call.form.tensors):
+            reason = "what it returns has other rows"
+        else:
+            try:
+                output = OutputForm.tensors_of(call.run_with(rows_of(call, self.mesh)))
+            except Exception as error:
+                if not others_can_hear(error):
+                    raise
+                reason = explain(error)
+            else:
+                if not self._fits(output, forms):
+                    reason = "what it returns has other rows"
+        now = before.again()
+        if now is not before:
+            before.restore(now)
+        reasons = from_every_rank(reason, self.mesh)
+        if not any(reasons):
+            assert output is not None
+            parts = exchange(output, forms, self.mesh, call.device)
+            assert parts is not None
+            apart = difference(joined(call, parts, self.mesh), expected)
+            off = "" if apart <= tolerance(expected) else f"it gives something else for them ({apart:.1e} apart)"
+            reasons = from_every_rank(off, self.mesh)
+        for reason in reasons:
+            if reason:
+                warnings.warn(
+                    f"{type(self.module).__name__} does not do the {batch} rows of a batch apart from each other "
+                    f"({reason}); every rank of cfg does all of them",
+                    stacklevel=2,
+                )
+                return False
+        return True
+
+    # Calls of one row each, at once.
+
+    def _defer(self, call: Call) -> Any:
+        """Until the others of its step are there."""
+        if self._pending:
+            self._run_if_changed()
+        if not self._pending:
+            self._now()
+        self._pending.append(call)
+        if len(self._pending) == self.mesh.size():
+            self._run_all()
+            return call.result()
+        return call.deferred(self._run)
+
+    def _run(self) -> None:
+        """The calls that wait."""
+        self._run_if_changed()
+        self._run_all()
+
     def _taken(self) -> list[Call]:
-        """The calls that wait, which then do no more."""
-        calls, self._pending, self._state = self._pending, [], None
+        calls, self._pending = self._pending, []
         return calls
+
+    def _run_if_changed(self) -> None:
+        """If the model is not what it was when they were made, run the calls that wait with what it was then."""
+        if not self._pending:
+            return
+        before, now = self._state, self._now()
+        assert before is not None
+        what = before.changed(now)
+        if not what:
+            return
+        calls, model = self._taken(), type(self.module).__name__
+        try:
+            before.restore(now)
+            self._run_each(calls)
+            after = before.again()
+            kept = before.changed(after)
+            now.restore(after)
+            self._state = None
+        except Unrestorable as error:
+            what = kept = str(error)
+        for call in calls:
+            if kept:
+                call.error = RuntimeError(
+                    f"{model} was changed ({what}) between the calls of a guided step, the first of "
+                    "which had not run yet; look at its output before changing the model, or use a mesh without cfg"
+                )
+            call.hand_out()
+        self._changes += 1
+        if self._changes == CHANGES:
+            self._fall_back(f"is changed between the calls of a step ({what})")
 
     def _run_all(self) -> None:
         """All calls that wait, at once where that is possible."""
         calls = self._taken()
-        outputs = None
+        if not calls:
+            return
+        outputs, divided = None, len(calls) > 1 and self._are_alike(calls)
         try:
-            if len(calls) > 1 and not (is_simulated() and len({call.signature for call in calls}) > 1):
+            if divided:
                 outputs = self._at_once(calls)
         except BaseException as error:
             for call in calls:
                 call.error = error
             raise
         if outputs is None:
-            for call in calls:
-                self._run_alone(call)
-        else:
-            for call, output in zip(calls, outputs, strict=True):
-                call.output = output
+            self._run_in_order(calls, shared=divided)
+        for number, call in enumerate(calls):
+            if outputs is not None:
+                call.output = outputs[number]
+            call.hand_out()
 
-    def _run_alone(self, call: Call) -> None:
+    def _run_each(self, calls: list[Call]) -> None:
         try:
-            with call.ambient.again():
-                call.output = self._forward(*call.args, **call.kwargs)
-        except BaseException as error:
-            call.error = error
-            if not isinstance(error, Exception):
-                raise
+            for call in calls:
+                call.chosen = call.arguments()  # of all calls before the first of them may write to its own
+        except Unrestorable:
+            raise RuntimeError(
+                f"{type(self.module).__name__} writes to what it is given, which was changed before the call could run "
+                "on all ranks; use the output of each call before making the next, or a mesh without cfg"
+            ) from None
+        for call in calls:
+            call.run()
+
+    def _run_in_order(self, calls: list[Call], shared: bool) -> None:
+        """All calls on all ranks; if they failed when they were `shared`, ranks tell each other what they ran into."""
+        self._run_each(calls)
+        if not shared:
+            return
+        told = from_every_rank([explain(call.error) if call.error else "" for call in calls], self.mesh)
+        for call, of_ranks in zip(calls, zip(*told, strict=True), strict=True):
+            call.error = call.error or self._of_other_rank(of_ranks)
+
+    def _are_alike(self, calls: list[Call]) -> bool:
+        """Whether tensors that they return can be exchanged; a simulation has one flow of Python for all ranks."""
+        dtypes = {tuple(form and form[1] for form in call.form.tensors) for call in calls}
+        devices = {call.form.device for call in calls}
+        others = {tuple(map(_kind_of, tree_leaves(call.own))) for call in calls} if is_simulated() else ()
+        return len(dtypes) == len(devices) == 1 and len(others) <= 1
 
     def _at_once(self, calls: list[Call]) -> list[Any] | None:
-        """Each rank does one of the calls, the last one if there is none for it, and gets the output of all.
-
-        None if that is not possible: one of them raises, or what they return is not tensors alike.
-        """
-        key = tuple(call.signature for call in calls)
-        if self._metas.get(key, ...) is None:
-            return None
-        try:
-            output, structure = self._own_output(calls)
-        except Exception as error:
-            if key in self._metas or not _others_can_hear(error):
-                raise
-            from_every_rank(None, self.mesh)
-            return None
-        if key not in self._metas and not self._agree(key, output, structure):
-            return None
-        metas = self._metas[key]
-        assert metas is not None
-        self._check_shapes(output, metas[0 if is_simulated() else self.mesh.get_local_rank()])
-        return self._exchanged(output, structure, metas)[: len(calls)]
-
-    def _own_output(self, calls: list[Call]) -> tuple[list[Any], TreeSpec]:
-        call = calls[min(self.mesh.get_local_rank(), len(calls) - 1)] if not is_simulated() else calls[0]
-        args, kwargs = call.args, call.kwargs
+        """Each rank does one of the calls, the last one if there is none for it, and gets the outputs of all."""
+        ranks = [calls[min(rank, len(calls) - 1)] for rank in range(self.mesh.size())]
+        forms = [[form for form in call.form.tensors if form is not None] for call in ranks]
+        own = ranks[0 if is_simulated() else self.mesh.get_local_rank()]
+        arguments = own.own
         if is_simulated():
-            leaves = [tree_flatten((call.args, call.kwargs)) for call in calls]
-            of_calls = zip(*(leaf for leaf, _ in leaves), strict=True)
-            own = [_own(self.mesh.get_local_rank(), *of_all) for of_all in of_calls]
-            args, kwargs = tree_unflatten(own, leaves[0][1])
-        with call.ambient.again():
-            return tree_flatten(self._forward(*args, **kwargs))
+            of_calls = zip(*(tree_leaves(call.own) for call in calls), strict=True)
+            leaves = [_own(self.mesh.get_local_rank(), *of_all) for of_all in of_calls]
+            arguments = tree_unflatten(leaves, tree_structure(own.own))
+        parts = self._divided(own, arguments, forms)
+        if parts is None:
+            return None
+        return [call.form.filled(own) for call, own in zip(calls, parts, strict=False)]
 
-    def _agree(self, key: Any, output: list[Any], structure: TreeSpec) -> bool:
-        """Whether no rank's call has raised and all return alike, which is kept; a collective."""
-        own = [(tuple(t.shape), t.dtype) for t in output if isinstance(t, Tensor)]
-        kinds = [_kind(leaf) for leaf in output]
-        everyone = from_every_rank((own, kinds, str(structure)), self.mesh)
-        if None in everyone:
-            return False
-        alike = all(of_rank[1:] == everyone[0][1:] for of_rank in everyone)
-        if not alike or any(isinstance(kind, str) for kind in everyone[0][1]):
-            self._metas[key] = None
-            warnings.warn(
-                f"{type(self.module).__name__} does not return tensors alike from the calls of a guided step; "
-                "every rank of cfg does all of them",
-                stacklevel=2,
-            )
-            return False
-        metas = [of_rank[0] for of_rank in everyone]
-        self._metas[key] = metas if len(metas) > 1 else metas * self.mesh.size()
-        return True
+    # What is common to both.
 
-    def _check_shapes(self, output: list[Any], metas: list[Meta]) -> None:
-        if [tuple(t.shape) for t in output if isinstance(t, Tensor)] != [shape for shape, _ in metas]:
-            raise RuntimeError(
-                f"{type(self.module).__name__} returns other shapes than before for inputs of the same shapes, which "
-                "ranks of cfg cannot exchange; use a mesh without cfg, or put it on the mesh again if it has changed"
-            )
+    def _divided(self, call: Call, arguments: tuple[Any, Any], forms: list[list[Form]]) -> list[list[Tensor]] | None:
+        """By rank, the tensors of its part of calls; None if they are to run on all ranks in their order.
 
-    def _exchanged(self, output: list[Any], structure: TreeSpec, metas: list[list[Meta]]) -> list[Any]:
-        """Every rank's output, on all ranks: one all-gather for each of its tensors."""
-        gathered: list[list[Any]] = [list(output) for _ in metas]
-        places = [i for i, leaf in enumerate(output) if isinstance(leaf, Tensor)]
-        for number, place in enumerate(places):
-            sizes = [torch.Size(meta[number][0]).numel() for meta in metas]
-            flat = output[place].reshape(1, -1)
-            if len(set(sizes)) > 1:
-                flat = torch.nn.functional.pad(flat, (0, max(sizes) - flat.shape[1]))
-            rows = _of_all(flat, self.mesh, len(metas))
-            for rank, meta in enumerate(metas):
-                gathered[rank][place] = rows[rank, : sizes[rank]].view(meta[number][0])
-        return [tree_unflatten(leaves, structure) for leaves in gathered]
+        That is so if a part raises, keeps something in the model or writes to its
+        inputs on any rank. The model is then what it was before.
 
-    def _on_rows(self, call: Call) -> Any:
-        """Each rank does its rows of the batch, if that has been seen to give the same."""
-        if not self._splits.get(call.signature, True):
-            return self._forward(*call.args, **call.kwargs)
-        output = self._split(call)
-        if call.signature not in self._splits:
-            whole = self._forward(*call.args, **call.kwargs)
-            self._splits[call.signature] = difference(output, whole) <= tolerance(whole)
-            if not self._splits[call.signature]:
-                warnings.warn(
-                    f"{type(self.module).__name__} does not do the rows of a batch apart from each other; "
-                    "every rank of cfg does all of them",
-                    stacklevel=3,
+        Args:
+            call: of which this rank does a part, or all.
+            arguments: of that part.
+            forms: by rank, of the tensors of its part.
+        """
+        before, given = self._state or self._now(), Written(arguments)
+        own, reason = None, ""
+        try:
+            own = OutputForm.tensors_of(call.run_with(arguments))
+        except Exception as error:
+            if not others_can_hear(error):
+                raise
+            reason = f"raised {explain(error)}"
+        else:
+            if not self._fits(own, forms):
+                reason = "returns other shapes than before for inputs of the same shapes"
+        kept = before.changed(now) if (now := self._now()) is not before else ""
+        wrote = given.was_written()
+        failed = bool(reason or kept or wrote)
+        parts = exchange(None if failed else own, forms, self.mesh, call.device)
+        if parts is None:
+            self._go_back(before, now, Failure(reason, kept, wrote))
+        return parts
+
+    def _fits(self, own: list[Tensor], forms: list[list[Form]]) -> bool:
+        """Whether this rank's tensors are as they are to be; in a simulation, if that is the same for all ranks."""
+        expected = forms[0 if is_simulated() else self.mesh.get_local_rank()]
+        differ = is_simulated() and any(form != expected for form in forms)
+        return differ or [(tensor.shape, tensor.dtype) for tensor in own] == expected
+
+    def _go_back(self, before: ModuleSnapshot, now: ModuleSnapshot, own: Failure) -> None:
+        """After a part that could not be done: have the model as it was, on all ranks."""
+        lost = ""
+        try:
+            if now is not before:
+                before.restore(now)
+                self._state = None
+        except Unrestorable as error:
+            lost = str(error)
+        told = from_every_rank((own, lost), self.mesh)
+        kept = next((of_rank.kept for of_rank, _ in told if of_rank.kept), "")
+        if kept:
+            self._fall_back(f"keeps something from one call to the next ({kept})")
+        elif any(of_rank.wrote for of_rank, _ in told):
+            self._fall_back("writes to what it is given")
+        else:
+            self._failures += 1
+            if self._failures == FAILURES:
+                self._fall_back(next(of_rank.reason for of_rank, _ in told if of_rank.reason))
+        for _, name in told:
+            if name:
+                raise RuntimeError(
+                    f"{type(self.module).__name__} has written to {name} in a call that was divided between ranks of "
+                    "cfg, which now hold other values each; load the model again, its calls will then run on every "
+                    "rank in their order"
                 )
-            return whole
-        return output
-
-    def _split(self, call: Call) -> Any:
-        batch, rank = _batch(call), self.mesh.get_local_rank()
-        ranges = chunk_ranges(batch, self.mesh.size())
-
-        def of_rank(value: Tensor) -> Tensor:
-            return _rows(ranges, rank, value) if value.ndim and value.shape[0] == batch else value
-
-        args, kwargs = tree_map_only(Tensor, of_rank, (call.args, call.kwargs))
-        output = self._forward(*args, **kwargs)
-
-        def whole(part: Tensor) -> Tensor:
-            return _of_all(_held(ranges, rank, part), self.mesh, batch)
-
-        return tree_map_only(Tensor, whole, output)
 
 
-def _kind(leaf: Any) -> torch.dtype | str | None:
-    """What an output holds: a tensor of a dtype, nothing, or something that cannot be exchanged."""
-    if isinstance(leaf, Tensor):
-        return leaf.dtype
-    return None if leaf is None else type(leaf).__name__
-
-
-def _others_can_hear(error: Exception) -> bool:
-    """Whether all ranks that do the same call have raised it, so that none of them waits for another."""
-    return not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not is_of_collective(error)
-
-
-def _batch(call: Call) -> int:
-    """Rows of the first floating point tensor with more than one dim, which is what the model denoises."""
-    for leaf in tree_leaves((call.kwargs.get("hidden_states"), call.args, call.kwargs)):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1:
-            return leaf.shape[0]
-    return 1
-
-
-def _of_all(rows: Tensor, mesh: DeviceMesh, total: int) -> Tensor:
-    """All ranks' rows, on every rank."""
-    shape = torch.Size((total, *rows.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    shards = DTensor.from_local(rows, mesh, [BRANCHES], run_check=False, shape=shape, stride=stride)
-    return shards.redistribute(placements=[Replicate()]).to_local()
+def _kind_of(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 @on_each_rank
 def _own(rank: int, *values: Any) -> Any:
     return values[min(rank, len(values) - 1)]
-
-
-@on_each_rank
-def _rows(ranges: tuple[range, ...], rank: int, tensor: Tensor) -> Tensor:
-    """A rank's rows; a rank that has none does the last one, for nothing, to keep in step."""
-    own = ranges[rank] or range(tensor.shape[0] - 1, tensor.shape[0])
-    return tensor[own.start : own.stop]
-
-
-@on_each_rank
-def _held(ranges: tuple[range, ...], rank: int, tensor: Tensor) -> Tensor:
-    return tensor[: len(ranges[rank])].contiguous()

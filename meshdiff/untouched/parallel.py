@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
 from meshdiff.agreement import is_of_collective
 from meshdiff.attention.checks import is_checked
@@ -23,19 +24,22 @@ from meshdiff.attention.choice import AUTO
 from meshdiff.simulation import holds_all_ranks
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import become_shards, find_blocks, shard_tokens
-from meshdiff.untouched.calls import signature_of
+from meshdiff.untouched.calls import is_due, signature_of
 from meshdiff.untouched.capture import Captures, Make
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.functions import OnShards
 from meshdiff.untouched.guard import Guard, Unsafe
 from meshdiff.untouched.known import Known
+from meshdiff.untouched.patching import Interception, owners
 from meshdiff.untouched.pending import Pending
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.report import Report
 from meshdiff.untouched.retreat import Before, agree_to_retreat, check_alike, explain
-from meshdiff.untouched.tensors import map_dtensors, to_plain
+from meshdiff.untouched.tensors import map_dtensors, out_of_inference, to_plain
 
-__all__ = ["Parallelized", "parallelize", "replace_forward"]
+__all__ = ["Parallelized", "parallelize"]
+
+Forward = Callable[..., Any]
 
 _names = itertools.count()
 
@@ -102,8 +106,8 @@ class Parallelized:
     ) -> None:
         if mesh.ndim != 1:
             raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
-        if "forward" in vars(module):
-            raise ValueError(f"{type(module).__name__} has a forward of its own already; is it on a mesh twice?")
+        if any(isinstance(owner, Parallelized) for owner in owners(module)):
+            raise ValueError(f"{type(module).__name__} or a part of it is on a mesh already; remove() it there first")
         # By name: importing the class takes as long as the rest of torch.
         if any(part._compiled_call_impl or type(part).__name__ == "OptimizedModule" for part in module.modules()):
             raise ValueError(f"{type(module).__name__} is compiled, which hides what it does; parallelize it as it was")
@@ -123,21 +127,23 @@ class Parallelized:
         self._learns = True
         self._name, self._retreats = f"untouched-{next(_names)}", itertools.count()
         self._settled: set[Any] = set()
+        self._calls: dict[Any, int] = {}  # of each signature
         self._report: Report | None = None
         self._running: _Run | None = None
         # These outlive a call: modules keep tensors, an error leaves some that wait.
         self._known, self._aliases, self._pending = Known(), Aliases(), Pending()
         self._failed_in: str | None = None  # the block that ended the last call
-        self._forward = module.forward
-        self._block_forwards: dict[str, Callable[..., Any]] = {}
-        replaced = {name for name, block in self.blocks.items() if "forward" not in vars(block)}
+        self._is_aside = False  # while the untouched model runs
         make = None if isinstance(capture, bool) else capture
-        self._captures = Captures(module, mesh, self._name, replaced, make) if capture else None
+        self._captures = Captures(module, mesh, self._name, make) if capture else None
+        self._interceptions: list[Interception] = []
         if mesh.size() > 1:
-            self._take_over_blocks()
-            replace_forward(module, self._call)
+            for name, block in self.blocks.items():
+                if block is not module:
+                    self._interceptions.append(Interception(block, functools.partial(self._call_block, name), self))
+            self._interceptions.append(Interception(module, self._call, self))
         elif self._captures is not None:
-            replace_forward(module, self._call_alone)
+            self._interceptions.append(Interception(module, self._call_alone, self))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -168,69 +174,65 @@ class Parallelized:
         return self._report is not None
 
     def remove(self) -> None:
-        """Take the module off the mesh."""
-        for module in [self.module, *self.blocks.values()]:
-            vars(module).pop("forward", None)
+        """Take the module off the mesh; hooks and forwards that others have put there stay."""
+        for interception in self._interceptions:
+            interception.remove()
 
-    def _take_over_blocks(self) -> None:
-        for name, block in self.blocks.items():
-            if block is not self.module:
-                self._block_forwards[name] = block.forward
-                replace_forward(block, functools.partial(self._call_block, name))
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if self._running is not None:  # a module that calls itself
-            return self._forward(*args, **kwargs)
+    def _call(self, inner: Forward, args: Any, kwargs: Any) -> Any:
+        args, kwargs = out_of_inference((args, kwargs))
         signature = signature_of(self.module, args, kwargs)
-        if signature in self._settled:
-            if is_checked():
-                check_alike(self.mesh, self.module, (args, kwargs))
-            run = functools.partial(self._call_once, False)
+        calls = self._calls[signature] = self._calls.get(signature, 0) + 1
+        is_new = signature not in self._settled
+        if is_new or is_checked() or is_due(calls):
+            check_alike(self.mesh, self.module, (args, kwargs), weights=is_new or is_checked())
+        if not is_new:
+            run = functools.partial(self._call_once, inner, False)
             try:
                 captures = None if "" in self.whole else self._captures
                 return run(args, kwargs) if captures is None else captures.call(run, args, kwargs)
             except Unsafe as error:
                 self._settled.discard(signature)
                 raise Unsafe(f"{error}; the next call will find out anew what can be shared out") from error
-        check_alike(self.mesh, self.module, (args, kwargs))
-        output, learnt = self._find_out(args, kwargs)
+        before = Before(self.module, args, kwargs)
+        output, learnt = self._find_out(before, inner, args, kwargs)
         if learnt:
             self._settled.clear()  # the next call of any shapes runs in another way
         else:
             self._settled.add(signature)
         if self.verify:
-            self._compare(output, args, kwargs)
+            self._compare(before, inner, output, args, kwargs)
         return output
 
-    def _call_alone(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_alone(self, inner: Forward, args: Any, kwargs: Any) -> Any:
         """On a mesh of one rank."""
         assert self._captures is not None
-        return self._captures.call(lambda args, kwargs: self._forward(*args, **kwargs), args, kwargs)
+        return self._captures.call(lambda args, kwargs: inner(*args, **kwargs), args, kwargs)
 
-    def _find_out(self, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    def _find_out(self, before: Before, inner: Forward, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again.
 
         Returns:
             the output, and whether the next call is to be another one.
         """
-        before, known = Before(self.module, args, kwargs), dict(self.whole)
+        known = dict(self.whole)
         while True:
             try:
                 self._found = {}
-                output = self._call_once(True, args, kwargs)
+                output = self._call_once(inner, True, args, kwargs)
             except Exception as error:
                 kind = self._to_retreat(error)
                 if kind is None:
                     self.whole = known  # it is not the mesh that is wrong
                     raise
-                before.check(error)
                 if any(self._others.values()):  # it may have been these
                     others, self._others, self._learns = sorted(self._others), {}, False
                     agree_to_retreat(self.mesh, f"{self._name}/{next(self._retreats)}", f"{others} whole", error)
+                    before.restore(error)
                     continue
                 # No name twice: what ranks wrote under an old one would let a rank go on before the others.
                 agree_to_retreat(self.mesh, f"{self._name}/{next(self._retreats)}", kind, error)
                 self.whole[kind] = explain(error)
+                before.restore(error)
                 continue
             learnt = False
             for kind, names in self._found.items():
@@ -238,34 +240,28 @@ class Parallelized:
                 self._others[kind] = self._others.get(kind, set()) | names
             return output, learnt
 
-    def _call_once(self, new: bool, args: Any, kwargs: Any) -> Any:
+    def _call_once(self, inner: Forward, new: bool, args: Any, kwargs: Any) -> Any:
         if "" in self.whole:
-            return self._call_whole(args, kwargs)
+            output = self._untouched(inner, args, kwargs)
+            self._report = Report(type(self.module).__name__, self.mesh.size(), (), dict(self.whole))
+            return output
         with self._on_shards(new) as run:
             if "" in self.blocks:
                 args, kwargs = self._entered(run, "", self.module, args, kwargs)
-            output = self._forward(*args, **kwargs)
+            output = inner(*args, **kwargs)
         with run.recorder or ExitStack():
             output = map_dtensors(_once(to_plain), output)
         if run.recorder is not None:
             self._report = Report.of(self.module, self.mesh, run.recorder, self.whole)
         return output
 
-    def _untouched(self, args: Any, kwargs: Any) -> Any:
-        """What the module does when it is on no mesh."""
-        for block in self.blocks.values():
-            if block is not self.module:
-                vars(block).pop("forward", None)
+    def _untouched(self, inner: Forward, args: Any, kwargs: Any) -> Any:
+        """What the module does when it is on no mesh, on every rank."""
+        self._is_aside = True
         try:
-            return self._forward(*args, **kwargs)
+            return inner(*args, **kwargs)
         finally:
-            self._take_over_blocks()
-
-    def _call_whole(self, args: Any, kwargs: Any) -> Any:
-        """The untouched model, on every rank."""
-        output = self._untouched(args, kwargs)
-        self._report = Report(type(self.module).__name__, self.mesh.size(), (), dict(self.whole))
-        return output
+            self._is_aside = False
 
     @contextmanager
     def _on_shards(self, record: bool) -> Iterator[_Run]:
@@ -296,14 +292,18 @@ class Parallelized:
             if collects:
                 gc.enable()
 
-    def _call_block(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        if self._running is None:  # called alone, as checkpointing does in the backward pass
-            with self._on_shards(False):
-                return self._call_block(name, *args, **kwargs)
+    def _call_block(self, name: str, inner: Forward, args: Any, kwargs: Any) -> Any:
+        if self._is_aside:
+            return inner(*args, **kwargs)
+        if self._running is None:
+            if torch._C._current_graph_task_id() == -1:  # called by itself: it is a module like any other
+                return inner(*args, **kwargs)
+            with self._on_shards(False):  # checkpointing does it again for the backward pass
+                return self._call_block(name, inner, args, kwargs)
         run, block = self._running, self.blocks[name]
         with run.inside(name, block):
             args, kwargs = self._entered(run, name, block, args, kwargs)
-            output = self._block_forwards[name](*args, **kwargs)
+            output = inner(*args, **kwargs)
             if run.recorder is not None and self._learns:
                 found = become_shards(self.mesh, block, args, kwargs, output)
                 self._found.setdefault(type(block).__name__, set()).update(found)
@@ -334,10 +334,12 @@ class Parallelized:
         kind = "" if name is None else type(self.blocks[name]).__name__
         return "" if kind in self.whole else kind
 
-    def _compare(self, output: Any, args: Any, kwargs: Any) -> None:
-        with torch.no_grad():
-            expected = self._untouched(args, kwargs)
-        apart = difference(output, expected)
+    def _compare(self, before: Before, inner: Forward, output: Any, args: Any, kwargs: Any) -> None:
+        """With what the untouched model returns when it starts from where the call did."""
+        found = tree_map_only(Tensor, torch.clone, output)
+        with torch.no_grad(), before.once_more():
+            expected = self._untouched(inner, args, kwargs)
+        apart = difference(found, expected)
         if not apart <= tolerance(expected):
             model = type(self.module).__name__
             raise RuntimeError(f"verify: {model} on this mesh differs from the untouched model by {apart:.1e}")
@@ -369,16 +371,6 @@ class _Run:
         assert self.recorder is not None
         if self.functions is None or not self.functions.exchanging:
             self.recorder.on_operation(func, arguments, result)
-
-
-def replace_forward(module: nn.Module, instead: Callable[..., Any]) -> None:
-    """Have calls of a module go to `instead`, which keeps the name and the signature of its forward."""
-
-    @functools.wraps(module.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return instead(*args, **kwargs)
-
-    module.forward = forward
 
 
 def _once(function: Callable[[DTensor], Tensor]) -> Callable[[DTensor], Tensor]:

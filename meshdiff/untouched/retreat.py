@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch.utils._pytree import tree_leaves
 from meshdiff.agreement import from_every_rank, store
 from meshdiff.attention.checks import digest
 from meshdiff.simulation import is_simulated, rank_values
+from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable
 
 __all__ = ["Before", "agree_to_retreat", "check_alike", "explain"]
 
 
 class Before:
-    """What a call started from, to see whether it can be started again.
+    """What a call started from, so that it can be started again.
 
     Args:
         module: the model.
@@ -27,50 +29,60 @@ class Before:
     """
 
     def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.module, self.arguments = module, (args, kwargs)
-        self.tensors = [
-            t for t in [*tree_leaves(self.arguments), *module.state_dict().values()] if isinstance(t, Tensor)
-        ]
-        self.versions = [tensor._version for tensor in self.tensors]
-        self.state = self._state()
+        self._snapshot = ModuleSnapshot(module, (args, kwargs), copies=True)
 
-    def check(self, error: Exception) -> None:
-        """Raise if the call has changed what it started from.
+    def restore(self, error: Exception) -> None:
+        """Put back what the call has changed of the model and of its inputs before it ended with an error.
 
         Raises:
-            RuntimeError: saying that the next call will do.
+            RuntimeError: if it has written to weights, of which there is no copy; the next call will do.
         """
-        changed = [t for t, version in zip(self.tensors, self.versions, strict=True) if t._version != version]
-        if changed or self._state() != self.state:
+        now = self._snapshot.again()
+        if now is self._snapshot:
+            return
+        try:
+            self._snapshot.restore(now)
+        except Unrestorable as lost:
             raise RuntimeError(
-                f"{type(self.module).__name__} cannot run on shards as it was tried ({explain(error)}), and it has "
-                "changed its inputs or its own state before that was noticed; start it again from fresh inputs"
+                f"{type(self._snapshot.module).__name__} cannot run on shards as it was tried ({explain(error)}), and "
+                f"it has written to {lost} before that was noticed; load its weights again and start again, it will "
+                "then run on whole tensors"
             ) from error
 
-    def _state(self) -> list[Any]:
-        own = [
-            (name, key, id(value), _size(value))
-            for name, part in self.module.named_modules()
-            for key, value in vars(part).items()
-            if not key.startswith("_") or not isinstance(value, dict)
-        ]
-        return own + [id(leaf) for leaf in tree_leaves(self.arguments)]
+    @contextmanager
+    def once_more(self) -> Iterator[None]:
+        """Start from the same again in the body, after which model and inputs are as they were when it began.
+
+        Raises:
+            RuntimeError: if the call has written to weights.
+        """
+        after = ModuleSnapshot(self._snapshot.module, self._snapshot.arguments, copies=True)
+        try:
+            self._snapshot.restore(after)
+            yield
+            after.restore(after.again())
+        except Unrestorable as lost:
+            model = type(self._snapshot.module).__name__
+            raise RuntimeError(f"{model} writes to {lost}: it cannot be run a second time to compare") from lost
 
 
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, (list, dict, set)) else 0
-
-
-def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any) -> None:
+def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bool = True) -> None:
     """Raise on every rank if they were given different tensors, or hold different weights; a collective.
 
     Of the arguments all values are compared, of each weight and buffer the sum of its bits.
+
+    Args:
+        mesh: of the ranks to compare.
+        module: the model.
+        arguments: what it is called with.
+        weights: compare these as well, which takes a pass over all of them.
 
     Raises:
         ValueError: that names the rank, and what to do.
     """
     given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    held = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if not tensor.is_meta]
+    of_module = (*module.parameters(), *module.buffers()) if weights else ()
+    held = [tensor.detach() for tensor in of_module if not tensor.is_meta]
     facts = [_facts(given, digest), _facts(held, _sum_of_bits)]
     ranks = from_every_rank(facts, mesh)
     if is_simulated():

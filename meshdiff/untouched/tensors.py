@@ -24,6 +24,7 @@ __all__ = [
     "is_sharded",
     "map_dtensors",
     "map_tensors",
+    "out_of_inference",
     "own_copy",
     "settled",
     "sharded_dim",
@@ -34,6 +35,16 @@ __all__ = [
 
 LEAVES = {bool, int, float, complex, str, type(None), type(...), slice, torch.dtype, torch.device, torch.Size}
 """What holds no tensors; to look into it with pytree takes longer than most operations."""
+
+
+def out_of_inference(value: Any) -> Any:
+    """The same structure with copies of tensors that were made in inference mode, where no writes are counted.
+
+    In inference mode itself they stay as they are, since what is made there is like them.
+    """
+    if torch.is_inference_mode_enabled():
+        return value
+    return map_tensors(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,9 @@ from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.calls import PLAIN
 from meshdiff.untouched.facts import Facts
 from meshdiff.untouched.guard import kind_of
+from meshdiff.untouched.patching import original_class
 from meshdiff.untouched.recorder import calling_line
-from meshdiff.untouched.state import SMALL, ModelState, version
+from meshdiff.untouched.snapshot import SMALL, ModuleSnapshot, version
 
 __all__ = ["Watch", "note_output", "watching"]
 
@@ -43,28 +44,27 @@ class Watch:
 
 
 @contextmanager
-def watching(module: nn.Module, replaced: Collection[str], arguments: Any) -> Iterator[Watch]:
+def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
     """While a call runs.
 
     Args:
         module: the model that is called.
-        replaced: names of the submodules whose forward we have replaced.
         arguments: what it is called with.
     """
-    watch, before = Watch(), ModelState(module)
+    watch, before = Watch(), ModuleSnapshot(module)
     unseen = Facts(module).unseen
     if unseen:
         watch.note(f"it has {unseen}, of which a change could not be seen")
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     versions = [version(tensor) for tensor in tensors]
-    _note_hidden(watch, module, replaced)
+    _note_hidden(watch, module)
     with _Functions(watch), _Operations(watch):
         yield watch
     if versions != [version(tensor) for tensor in tensors]:
         watch.note("it writes to what it is given")
-    what = before.changed(ModelState(module))
+    what = before.changed(before.again())
     if what:
-        watch.note(f"it changes {what} of itself")
+        watch.note(f"it changes {what}")
 
 
 def note_output(watch: Watch, output: Any) -> None:
@@ -74,13 +74,14 @@ def note_output(watch: Watch, output: Any) -> None:
             watch.note(f"it returns a {type(leaf).__name__}, which may hold anything")
 
 
-def _note_hidden(watch: Watch, module: nn.Module, replaced: Collection[str]) -> None:
+def _note_hidden(watch: Watch, module: nn.Module) -> None:
     """Python of whose doings nothing is known."""
     for name, part in module.named_modules():
         if part is not module and (part._forward_hooks or part._forward_pre_hooks):
             watch.note(f"{name} has hooks, which would not be called")
-        if "forward" in vars(part) and part is not module and name not in replaced:
-            watch.note(f"{name} has a forward of its own")
+        own = vars(part).get("forward")
+        if own is not None and getattr(own, "__func__", None) is not original_class(part).forward:
+            watch.note(f"{name or 'it'} has a forward of its own")
 
 
 class _Functions(TorchFunctionMode):

@@ -1,0 +1,62 @@
+"""Outputs of ranks that each did a part of the work, on all of them, and whether any of them could not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from meshdiff.placements import BRANCHES
+from meshdiff.simulation import is_simulated
+
+__all__ = ["Form", "exchange"]
+
+Form = tuple[torch.Size, torch.dtype]
+
+ALIGNED = 16
+"""Elements that what ranks send is a multiple of, so that what is cut from it is aligned in memory."""
+
+
+def exchange(
+    own: Sequence[Tensor] | None, forms: Sequence[Sequence[Form]], mesh: DeviceMesh, device: torch.device
+) -> list[list[Tensor]] | None:
+    """The tensors of all ranks, on all ranks: one all-gather for each.
+
+    The first one carries an element more, in which a rank says that it has failed.
+
+    Args:
+        own: this rank's tensors; None if it has failed.
+        forms: by rank, shape and dtype of its tensors; dtypes are the same on all.
+        mesh: a 1-D mesh.
+        device: of the tensors.
+
+    Returns:
+        by rank, its tensors; None if any of them has failed, which is read on the host.
+    """
+    gathered: list[list[Tensor]] = [[] for _ in forms]
+    for place in range(len(forms[0])):
+        sizes = [shape[place][0].numel() for shape in forms]
+        first = place == 0
+        width = -(-(max(sizes) + first) // ALIGNED) * ALIGNED
+        if own is None:
+            row = torch.ones(1, width, dtype=forms[0][place][1], device=device)
+        else:
+            flat = own[place].reshape(1, -1)
+            row = F.pad(flat, (0, width - flat.shape[1]))
+        rows = _of_all(row, mesh, len(forms))
+        if first and (own is None if is_simulated() else bool(rows[:, -1].any())):
+            return None
+        for rank, form in enumerate(forms):
+            gathered[rank].append(rows[rank, : sizes[rank]].view(form[place][0]))
+    return gathered
+
+
+def _of_all(row: Tensor, mesh: DeviceMesh, ranks: int) -> Tensor:
+    shape = torch.Size((ranks, *row.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    shards = DTensor.from_local(row, mesh, [BRANCHES], run_check=False, shape=shape, stride=stride)
+    return shards.redistribute(placements=[Replicate()]).to_local()

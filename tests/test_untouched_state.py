@@ -1,0 +1,351 @@
+"""Models that keep something between calls or write to what they are given, on ranks that share guidance branches."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import torchrun
+from torch import Tensor, nn
+
+from meshdiff import Layout, init_mesh, simulate
+from meshdiff.agreement import from_every_rank
+from meshdiff.mesh import init_distributed
+from meshdiff.simulation import unwrap
+from meshdiff.untouched import Guidance
+
+KEPT: dict[int, int] = {}
+STEPS = 6
+X = torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(0)).unbind()
+CACHE = torch.zeros(2, STEPS, 4)
+
+
+class Plain(nn.Module):
+    """Scales what it is given; the variants below keep something to do that with."""
+
+    shared: dict[str, int]
+    begins = 0
+    """The call from which on it keeps something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).shared = {}
+        self.calls, self.average, self.kept = 0, nn.Buffer(torch.zeros(())), {}
+        self.tables: dict[int, Tensor] = {}
+        KEPT.clear()
+
+    def forward(self, hidden_states: Tensor, cache: Tensor | None = None, at: int = 0) -> tuple[Tensor]:
+        return (hidden_states * 2,)
+
+
+class Counter(Plain):
+    def forward(self, hidden_states):
+        self.calls += 1
+        return (hidden_states * self.calls,)
+
+
+class Cache(Plain):
+    """Every third call of each branch is computed, others return what that one gave."""
+
+    def forward(self, hidden_states):
+        number, self.calls = self.calls, self.calls + 1
+        if number // 2 % 3 == 0:
+            self.kept[number % 2] = hidden_states * 2
+        return (self.kept[number % 2].clone(),)
+
+
+class Average(Plain):
+    """Written in place."""
+
+    def forward(self, hidden_states):
+        self.average.mul_(0.5).add_(hidden_states.mean())
+        return (hidden_states + self.average,)
+
+
+class Residual(Plain):
+    """The last one, whoever it was of; nothing at first."""
+
+    last: Tensor | None = None
+
+    def forward(self, hidden_states):
+        before, self.last = self.last, hidden_states.clone()
+        return (hidden_states if before is None else hidden_states + before,)
+
+
+class OfClass(Plain):
+    def forward(self, hidden_states):
+        self.shared["calls"] = self.shared.get("calls", 0) + 1
+        return (hidden_states * self.shared["calls"],)
+
+
+class Global(Plain):
+    """By id, in a dict that is nobody's."""
+
+    def forward(self, hidden_states):
+        return (hidden_states * count(self),)
+
+
+def count(model: nn.Module) -> int:
+    KEPT[id(model)] = KEPT.get(id(model), 0) + 1
+    return KEPT[id(model)]
+
+
+class Table(Plain):
+    """No state: what it keeps is the same whoever makes it."""
+
+    def forward(self, hidden_states):
+        length = hidden_states.shape[1]
+        if length not in self.tables:
+            self.tables[length] = torch.arange(length).float().view(1, -1, 1)
+        return (hidden_states + self.tables[length],)
+
+
+def patched(model: Plain) -> None:
+    """A forward that counts in a variable that it encloses."""
+    forward, calls = model.forward, 0
+
+    def counting(hidden_states):
+        nonlocal calls
+        calls += 1
+        return (forward(hidden_states)[0] * calls,)
+
+    model.forward = counting
+
+
+def hooked(model: Plain) -> None:
+    """A hook of an object that counts, on a part."""
+
+    class Hook:
+        calls = 0
+
+        def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            self.calls += 1
+            return output * self.calls
+
+    model.part = nn.Identity()
+    model.part.register_forward_hook(Hook())
+    own = model.forward
+    model.forward = lambda hidden_states: (model.part(own(hidden_states)[0]),)
+
+
+class Late(Plain):
+    """Begins to count at its eighth call, when calls are divided; not seen before is what it counts with."""
+
+    def forward(self, hidden_states):
+        if hidden_states.abs().max() > 100:
+            self.calls += 1
+        return (hidden_states * (1 + self.calls),)
+
+
+def build(kind: Any) -> Plain:
+    if isinstance(kind, type):
+        return kind()
+    model = Plain()
+    kind(model)
+    return model
+
+
+def clip(model: nn.Module, batch: int, scale: float = 1.0) -> Tensor:
+    """Steps of a sampler: two calls each, or one of a batch of two."""
+    x, total = X[0][:1], torch.zeros(1, 5, 4)
+    for step in range(STEPS):
+        scale = scale * (200 if step == 4 else 1)
+        branches = (x + step) * scale, (x - step) * scale
+        if batch == 1:
+            first, second = (model(hidden_states=branch)[0] for branch in branches)
+        else:
+            first, second = model(hidden_states=torch.cat(branches))[0].chunk(2)
+        total = total + first + 3 * (second - first)
+    return total
+
+
+STATEFUL = [Counter, Cache, Average, Residual, OfClass, Global, patched, hooked, Late]
+NAMES = dict(
+    zip(
+        STATEFUL,
+        ["calls", "calls", "average", "last", "OfClass.shared", "KEPT", "forward", "part", "calls"],
+        strict=True,
+    )
+)
+
+
+def clips(kind: Any, ranks: int) -> list[tuple[Tensor, str]]:
+    """Of both batches: a clip on a mesh, and why ranks did all of it."""
+    found = []
+    for batch in (1, 2):
+        model = build(kind)
+        guidance = Guidance(model, init_mesh(Layout(cfg=ranks), "cpu")["cfg"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append((clip(model, batch), guidance.fallback))
+    return found
+
+
+def check(kind: Any, found: list[tuple[Tensor, str]]) -> None:
+    for batch, (video, why) in zip((1, 2), found, strict=True):
+        assert torch.equal(video, clip(build(kind), batch)), batch
+        assert why.startswith("keeps something from one call to the next ("), why
+        assert NAMES[kind] in why
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_model_that_keeps_state_is_right(kind):
+    with simulate(2):
+        found = [(unwrap(video), why) for video, why in clips(kind, 2)]
+    check(kind, found)
+
+
+@torch.no_grad()
+def test_what_a_model_keeps_by_shape_is_no_state():
+    with simulate(2):
+        found = [(unwrap(video), why) for video, why in clips(Table, 2)]
+    assert [why for _, why in found] == ["", ""]
+    assert all(torch.equal(video, clip(Table(), batch)) for batch, (video, _) in zip((1, 2), found, strict=True))
+
+
+class Streams(Plain):
+    """Writes to a cache that its caller owns."""
+
+    def forward(self, hidden_states, cache, at):
+        cache[:, at] = hidden_states.mean(1)
+        return (hidden_states + cache.sum(1, keepdim=True),)
+
+
+class StreamsLater(Plain):
+    """Only from some step on."""
+
+    def forward(self, hidden_states, cache, at):
+        if at > 2:
+            cache[:, at] = hidden_states.mean(1)
+        return (hidden_states + cache.sum(1, keepdim=True),)
+
+
+def stream(model: nn.Module, batch: int) -> Tensor:
+    cache, outputs = CACHE[:batch].clone(), []
+    for at in range(STEPS):
+        first, second = (model(hidden_states=x[:batch] + at, cache=cache, at=at)[0] for x in X)
+        outputs += [first + 0, second + 0]
+    return torch.stack([*outputs, cache.sum(1, keepdim=True).expand(-1, 5, -1)])
+
+
+WRITERS = [Streams, StreamsLater]
+
+
+def streams(kind: type[Plain]) -> list[Tensor]:
+    found = []
+    for batch in (1, 2):
+        model = kind()
+        Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append(stream(model, batch))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_model_that_writes_to_what_it_is_given_is_right(kind):
+    with simulate(2):
+        found = [unwrap(video) for video in streams(kind)]
+    assert all(torch.equal(video, stream(kind(), batch)) for batch, video in zip((1, 2), found, strict=True))
+
+
+class Chunks(Plain):
+    """Takes the batch apart, which no rank that has one of its rows can."""
+
+    def forward(self, hidden_states):
+        first, second, third = hidden_states.chunk(3)
+        return (torch.cat([first, second, third * 0.5]),)
+
+
+class Lists(Plain):
+    """Takes a list of images, whose channels are as many as other things are long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, images, embedding):
+        return [self.linear(image.movedim(0, -1)) + embedding.mean() for image in images]
+
+
+class OneRankRaises(Plain):
+    """On rank 1 alone, in a call that is not the first."""
+
+    def forward(self, hidden_states):
+        if hidden_states.abs().max() > 100 and dist.get_rank() == 1:
+            raise ValueError("broken on purpose")
+        return (hidden_states * 2,)
+
+
+GUESSES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "chunks": (Chunks, {"hidden_states": torch.arange(60.0).view(3, 5, 4)}),
+    "lists": (Lists, {"images": [torch.ones(4, 3, 2), torch.ones(4, 2, 2) * 2], "embedding": torch.arange(4.0)}),
+}
+
+
+def guess(name: str, model: nn.Module) -> list[Tensor]:
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [tensor + 0 for _ in range(3) for tensor in model(**GUESSES[name][1])]
+
+
+def make(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GUESSES[name][0]()
+
+
+def guessed(name: str) -> list[Tensor]:
+    model = make(name)
+    Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
+    return guess(name, model)
+
+
+@torch.no_grad()
+def on_ranks() -> dict[str, Any]:
+    """All of the above on real ranks, and one rank that raises alone."""
+    found: dict[str, Any] = {kind.__name__: clips(kind, dist.get_world_size()) for kind in STATEFUL}
+    found |= {kind.__name__: streams(kind) for kind in WRITERS}
+    found |= {name: guessed(name) for name in GUESSES}
+    model = OneRankRaises()
+    Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
+    for batch in (1, 2):
+        try:
+            clip(model, batch)
+        except (RuntimeError, ValueError) as error:
+            found[f"raises {batch}"] = str(error)
+    return found
+
+
+def test_real_ranks_are_right_as_well(tmp_path):
+    process = torchrun(2, str(Path(__file__)), str(tmp_path / "found.pt"), timeout=200)
+    assert process.returncode == 0, process.stderr[-6000:]
+    ranks = torch.load(tmp_path / "found.pt")
+    for rank, found in enumerate(ranks):
+        with torch.no_grad():
+            for kind in STATEFUL:
+                check(kind, found[kind.__name__])
+            for kind in WRITERS:
+                videos = zip((1, 2), found[kind.__name__], strict=True)
+                assert all(torch.equal(video, stream(kind(), batch)) for batch, video in videos)
+            for name in GUESSES:
+                assert all(map(torch.equal, found[name], guess(name, make(name))))
+        alone = "OneRankRaises raised on rank 1 of this mesh and not on all: broken on purpose"
+        for batch in (1, 2):
+            assert found[f"raises {batch}"] == ("broken on purpose" if rank == 1 else alone)
+
+
+if __name__ == "__main__":
+    init_distributed()
+    of_every_rank = from_every_rank(on_ranks())
+    if dist.get_rank() == 0:
+        torch.save(of_every_rank, sys.argv[1])
+    dist.destroy_process_group()
