@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import diffusers
 from diffusers import DiffusionPipeline
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +21,14 @@ from meshdiff.untouched import Guidance, Make, Parallelized, Report
 from meshdiff.untouched import parallelize as parallelize_module
 
 __all__ = ["Parallel", "parallelize"]
+
+
+# Modular pipelines are no DiffusionPipeline, and older versions of diffusers have none.
+PIPELINES = tuple(
+    kind
+    for name in ("DiffusionPipeline", "ModularPipeline")
+    if isinstance(kind := getattr(diffusers, name, None), type)
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,10 @@ class Parallel:
     def captured(self) -> dict[str, str]:
         """What became of capturing the calls of each model, in one line; none if that was not asked for."""
         return {name: model.captured for name, model in self.models.items() if model.captured}
+
+    def fallbacks(self) -> dict[str, str]:
+        """Why every rank of `cfg` does all calls of a model, by its name; none where they are divided."""
+        return {name: guidance.fallback for name, guidance in self.guidance.items() if guidance.fallback}
 
     def remove(self) -> None:
         """Take the models off the mesh."""
@@ -79,15 +92,17 @@ def parallelize(
     names = mesh.mesh_dim_names or ()
     if not names or set(names) - {"cfg", "cp"}:
         raise ValueError(f'parallelize takes a mesh of dims "cfg" and "cp"; given {names or "dims without names"}')
-    if isinstance(model, DiffusionPipeline):
+    if isinstance(model, PIPELINES):
         parts = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
         modules = {name: part for name, part in parts.items() if name.startswith("transformer")}
         if not modules:
             raise ValueError(
                 f"{type(model).__name__} has no transformer to share out; its models are {', '.join(parts)}"
             )
-    else:
+    elif isinstance(model, nn.Module):
         modules = {type(model).__name__: model}
+    else:
+        raise ValueError(f"parallelize takes a model or a pipeline of diffusers; given a {type(model).__name__}")
     parallel = Parallel({}, {})
     try:
         for name, module in modules.items():

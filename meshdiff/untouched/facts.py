@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.untouched.patching import KEY, original_class
+from meshdiff.untouched.patching import KEY, Entry, original_class
 from meshdiff.untouched.snapshot import DICTS, MEMBERS, OF_CALLS, SMALL
 
 __all__ = ["Facts"]
@@ -102,6 +102,8 @@ class Facts:
             return kind, repr(value) if kind is float else value  # else 0.0 would be -0.0
         if isinstance(value, Tensor):
             return self._of_tensor(value)
+        if kind is Entry:
+            return self._fact(value.inner, name)
         self._kept.append(value)
         if _is_steady(kind) or id(value) in self._seen:
             return id(value)

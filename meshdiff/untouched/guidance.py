@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
-from meshdiff.agreement import from_every_rank
+from meshdiff.agreement import from_every_rank, is_first_rank
 from meshdiff.attention.checks import is_checked
 from meshdiff.simulation import is_simulated, on_each_rank
 from meshdiff.untouched.branch_calls import Call, Failure, Kind, Written, batch_of, others_can_hear
@@ -66,7 +66,7 @@ class Guidance:
             raise ValueError(f"{type(module).__name__} is on a cfg mesh already; remove() it there first")
         self.module, self.mesh = module, mesh
         self.fallback = ""
-        """Why every rank does all calls, in their order; "" if they are divided."""
+        """Why every rank does all calls from some time on, in their order; "" if they are divided."""
         self._kinds: dict[Any, Kind] = {}
         self._pending: list[Call] = []
         self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
@@ -125,10 +125,11 @@ class Guidance:
         """Let every rank do all calls from now on."""
         if not self.fallback:
             self.fallback = reason
-            warnings.warn(
-                f"{type(self.module).__name__} {reason}; every rank of cfg does all of its calls, in their order",
-                stacklevel=2,
-            )
+            self._warn(f"{reason}; every rank of cfg does all of its calls, in their order")
+
+    def _warn(self, what: str) -> None:
+        if is_first_rank():
+            warnings.warn(f"{type(self.module).__name__} {what}", stacklevel=3)
 
     # The first calls of a kind, on all ranks in their order.
 
@@ -219,10 +220,9 @@ class Guidance:
             reasons = from_every_rank(off, self.mesh)
         for reason in reasons:
             if reason:
-                warnings.warn(
-                    f"{type(self.module).__name__} does not do the {batch} rows of a batch apart from each other "
-                    f"({reason}); every rank of cfg does all of them",
-                    stacklevel=2,
+                self._warn(
+                    f"does not do the {batch} rows of a batch apart from each other ({reason}); every rank of cfg does "
+                    "all of them"
                 )
                 return False
         return True

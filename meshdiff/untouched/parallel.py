@@ -166,6 +166,8 @@ class Parallelized:
     @property
     def captured(self) -> str:
         """What became of capturing calls, in one line; "" if that was not asked for."""
+        if self._captures is not None and "" in self.whole:
+            return "Not captured: it runs whole on every rank"
         return "" if self._captures is None else str(self._captures)
 
     @property

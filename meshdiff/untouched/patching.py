@@ -187,9 +187,18 @@ def _compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     raise RuntimeError(f"{type(module).__name__}.compile() cannot trace it, for {UNCOMPILED}")
 
 
+def _set_on_base(cls: Any, name: str, value: Any) -> None:
+    setattr(cls._meshdiff_base, name, value)
+
+
+def _delete_on_base(cls: Any, name: str) -> None:
+    delattr(cls._meshdiff_base, name)
+
+
 @lru_cache(maxsize=1024)
 def _intercepted(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a class whose instances are intercepted; it goes by the same name."""
+    """The subclass of a class whose instances are intercepted, by the same name; to patch it is to patch the class."""
+    meta: Any = type("meta", (type(base),), {"__setattr__": _set_on_base, "__delattr__": _delete_on_base})
     members = {
         "forward": _Forward(base),
         "compile": _compile,
@@ -200,4 +209,4 @@ def _intercepted(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "_meshdiff_base": base,
     }
-    return type(base.__name__, (base,), members)
+    return meta(base.__name__, (base,), members)
