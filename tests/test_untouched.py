@@ -227,13 +227,37 @@ def test_a_mistake_of_the_caller_is_reported_as_ever_and_forgotten():
     assert parallel.report().sharded_share > 0.9
 
 
-def test_a_call_that_cannot_start_again_says_so_and_the_next_one_is_right():
-    model, given = Model("state").requires_grad_(False), inputs()
+@torch.no_grad()
+def test_a_call_that_starts_again_does_so_from_what_it_was():
+    given, alone, model = inputs(), Model("state"), Model("state")
+    expected = [alone(**given) for _ in range(2)]
     with simulate(2):
         parallel = parallelize(model, on_mesh(2))
-        with pytest.raises(RuntimeError, match=r"has changed its inputs or its own state .* start it again") as error:
+        found = [unwrap(values(parallel(**given))[0]) for _ in range(2)]
+        assert parallel.whole
+    assert all(difference(one, other) <= BOUND for one, other in zip(found, expected, strict=True))
+    kept = [[block.calls for block in of.modules() if hasattr(block, "calls")] for of in (model, alone)]
+    assert kept[0] == kept[1]
+
+
+@torch.no_grad()
+def test_a_call_that_has_written_to_weights_says_so_and_the_next_one_is_right():
+    given, model = inputs(), Model("view of a copy")
+    model.register_forward_pre_hook(lambda *_: None)
+    own = model.forward
+
+    def writes(*args, **kwargs):
+        next(model.parameters()).mul_(1.0)
+        return own(*args, **kwargs)
+
+    model.forward = writes
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        with pytest.raises(RuntimeError, match=r"it has written to .* load its weights again and start again") as error:
             parallel(**given)
         assert "\n" not in str(error.value)
+        (found,) = values(parallel(**given))
+    assert difference(unwrap(found), Model("view of a copy")(**given)) <= BOUND
 
 
 def test_ranks_meet_under_a_new_name_each_time_a_call_starts_again(monkeypatch):
