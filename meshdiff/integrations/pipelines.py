@@ -69,6 +69,8 @@ class DiffusersRequest(Request):
     """How strongly to follow the prompt; the pipeline's default if left out."""
     true_cfg_scale: float | None = None
     """The same, of pipelines that have guidance beside a guidance scale that is trained in (FLUX, Qwen-Image)."""
+    seed: int = 0
+    """Seed of the initial noise and of what the scheduler draws; the same seed gives the same clip on every layout."""
     solver: Literal["pipeline"] = "pipeline"  # type: ignore[assignment]
     """The scheduler of the pipeline."""
     shift: float | None = None
