@@ -1,9 +1,9 @@
 """Put every transformer of the installed diffusers on a mesh, untouched, and compare it with itself on one device.
 
-python experiments/diffusers_coverage.py --ranks 2 3 4 > docs/diffusers.md
+python experiments/diffusers_coverage.py --ranks 2 3 4 --page docs/diffusers.md
 
 Sizes are tiny and against the mesh: lengths and heads that the ranks do not
-divide. Prints the page in markdown.
+divide. Writes markdown.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from typing import Any
 import diffusers
 import torch
 import tyro
+from pages import check_page, put_part
 from tiny_diffusers import TINY, Tiny
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.agreement import is_first_rank
+from meshdiff.errors import InputError
 from meshdiff.launch import end_process, start_ranks
 from meshdiff.mesh import Layout, init_distributed, init_mesh, launched_world_size
 from meshdiff.untouched import Report, parallelize
@@ -35,7 +37,7 @@ BOUND = 1e-5
 INTRODUCTION = """\
 # Transformers of diffusers on a mesh, untouched
 
-What `python experiments/diffusers_coverage.py --ranks {ranks}` prints: every transformer that diffusers exports and
+What `python experiments/diffusers_coverage.py --ranks {ranks}` finds: every transformer that diffusers exports and
 that takes tokens, in a tiny size ([`experiments/tiny_diffusers`](../experiments/tiny_diffusers)) with lengths and
 heads that the ranks do not divide wherever the class allows it, on processes of one machine. The error is relative to
 the untouched model on one device, in L2 norm; FLOPs, attention and collectives are of the largest number of ranks, in
@@ -58,6 +60,8 @@ class Config:
     """Numbers of ranks to try, as processes of this machine."""
     only: list[str] = field(default_factory=list)
     """Names of classes; all by default."""
+    page: Path | None = None
+    """The page to write the table into, whose other parts stay; it is printed by default."""
     to: Path | None = None
     """A file to write what was found to, as JSON lines; it is what the ranks hand over."""
 
@@ -215,10 +219,19 @@ def main() -> None:
     if unknown:
         print(f"--only: {', '.join(sorted(unknown))} unknown; known: {', '.join(sorted(TINY))}", file=sys.stderr)
         raise SystemExit(2)
+    try:
+        check_page(config.page)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(INTRODUCTION.format(ranks=" ".join(map(str, config.ranks)), calls=CALLS))
-    print(f"diffusers {diffusers.__version__}, torch {torch.__version__}\n")
-    print(table([collect(config, ranks) for ranks in config.ranks]))
+    introduction = INTRODUCTION.format(ranks=" ".join(map(str, config.ranks)), calls=CALLS)
+    versions = f"diffusers {diffusers.__version__}, torch {torch.__version__}\n"
+    part = "\n".join([introduction, versions, table([collect(config, ranks) for ranks in config.ranks])])
+    if config.page is None:
+        print(part)
+    else:
+        put_part(config.page, part)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "mochi": seeded(video.mochi),
     "flux": seeded(image.flux),
     "sd3": seeded(image.sd3),
+    "pixart": seeded(image.pixart),
     "qwen-image": seeded(image.qwen_image),
 }
 """Builders; what they return is new and the same every time."""
@@ -68,6 +69,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "mochi": {**VIDEO, "num_frames": 13, "guidance_scale": 4.0},
     "flux": {**IMAGE, "guidance_scale": 3.5, "true_cfg_scale": 3.0},
     "sd3": {**IMAGE, "guidance_scale": 4.0},
+    "pixart": {**IMAGE, "guidance_scale": 4.0, "use_resolution_binning": False},
     "qwen-image": {**IMAGE, "true_cfg_scale": 4.0},
 }
 """A short call of each pipeline, guided; `generator` is the caller's."""

@@ -23,7 +23,7 @@ if not __package__:  # run as a folder, which is then where Python looks for mod
 
 from tiny_pipelines import PIPELINES
 
-Name = Literal["wan", "wan22", "ltx", "hunyuan-video", "cogvideox", "mochi", "flux", "sd3", "qwen-image"]
+Name = Literal["wan", "wan22", "ltx", "hunyuan-video", "cogvideox", "mochi", "flux", "sd3", "pixart", "qwen-image"]
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,28 @@ def sd3() -> DiffusionPipeline:
     )
 
 
+def pixart() -> DiffusionPipeline:
+    """The one that predicts noise, not a flow, and gives its scheduler the generator of the call."""
+    import diffusers
+
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=32,  # the smallest of which the pipeline knows which aspect ratios it was trained on
+        **SIZES,
+        in_channels=LATENTS,
+        out_channels=2 * LATENTS,  # of which it leaves out the half that would be a variance
+        cross_attention_dim=WIDTH,
+        caption_channels=TEXT_WIDTH,
+    )
+    tokenizer, text_encoder = t5()
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=image_vae(),
+        transformer=drawn(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )
+
+
 def qwen_image() -> DiffusionPipeline:
     import diffusers
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration

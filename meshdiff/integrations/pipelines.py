@@ -7,6 +7,7 @@ the mesh, untouched.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -30,6 +31,7 @@ from meshdiff.errors import InputError
 from meshdiff.integrations.diffusers import parallelize
 from meshdiff.mesh import DP, replica
 from meshdiff.request import Request
+from meshdiff.seeding import seeded
 from meshdiff.untouched import Make
 
 __all__ = ["DiffusersModel", "DiffusersRequest", "DiffusersRun"]
@@ -67,6 +69,8 @@ class DiffusersRequest(Request):
     """How strongly to follow the prompt; the pipeline's default if left out."""
     true_cfg_scale: float | None = None
     """The same, of pipelines that have guidance beside a guidance scale that is trained in (FLUX, Qwen-Image)."""
+    seed: int = 0
+    """Seed of the initial noise and of what the scheduler draws; the same seed gives the same clip on every layout."""
     solver: Literal["pipeline"] = "pipeline"  # type: ignore[assignment]
     """The scheduler of the pipeline."""
     shift: float | None = None
@@ -201,7 +205,8 @@ class DiffusersRun:
         self.mesh = replica(mesh)
         transformers.utils.logging.disable_progress_bar()
         try:
-            with warnings.catch_warnings():
+            # Weights that no file has are drawn by transformers, and no rank nor run is to draw others.
+            with seeded(0), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer versions say dtype, older know torch_dtype only
                 self.pipeline = DiffusionPipeline.from_pretrained(
                     model.folder, torch_dtype=dtype, local_files_only=True
@@ -220,6 +225,8 @@ class DiffusersRun:
             self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy, capture=capture)
         except ValueError as error:
             raise InputError("--checkpoint", f"{error}; name the folder of a pipeline that has one") from error
+        schedulers = [part for part in self.pipeline.components.values() if isinstance(part, SchedulerMixin)]
+        self.fresh = [(scheduler, copy.deepcopy(vars(scheduler))) for scheduler in schedulers]
 
     def generate(
         self,
@@ -229,6 +236,9 @@ class DiffusersRun:
         on_stage: Callable[[str], None] | None = None,
     ) -> Tensor:
         """A clip `[frames, channels, height, width]` in [-1, 1]; an image is a clip of one frame.
+
+        It depends on the request alone, not on what was made before it nor on any state of a global generator, from
+        which many schedulers draw.
 
         Raises:
             InputError: if the pipeline refuses the request, in its words.
@@ -240,12 +250,24 @@ class DiffusersRun:
         if on_step is not None and "callback_on_step_end" in self.model.options:
             arguments["callback_on_step_end"] = _told(on_step)
         generator = torch.Generator().manual_seed(request.seed)
+        self._refresh_schedulers()
         try:
-            output = self.pipeline(**arguments, generator=generator, output_type="pt", return_dict=False)[0]
+            with seeded(request.seed):
+                output = self.pipeline(**arguments, generator=generator, output_type="pt", return_dict=False)[0]
         except ValueError as error:  # sizes it has no use for, say; before anything is sent
             raise self.model.refusal(request, error) from error
         clip = output[0] if output[0].ndim == 4 else output[:1]
         return clip.float() * 2 - 1
+
+    def _refresh_schedulers(self) -> None:
+        """Make every scheduler what it was when it was loaded.
+
+        Some keep more than they begin anew: the noise of an earlier clip (CosineDPMSolverMultistep), or a setting that
+        an odd number of steps asked for (DPMSolverSinglestep).
+        """
+        for scheduler, state in self.fresh:  # in place, as parts of a pipeline may share one
+            vars(scheduler).clear()
+            vars(scheduler).update(copy.deepcopy(state))
 
     @staticmethod
     def done(request: Request, clip: Tensor) -> Request:
