@@ -25,6 +25,7 @@ from meshdiff.agreement import after_first_rank, agreed, from_every_rank, is_fir
 from meshdiff.batch import RESULTS, Counter, Record, fresh, resume, take_turns
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
+from meshdiff.launch import report_failure
 from meshdiff.media import write_video
 from meshdiff.mesh import Layout, init_mesh
 from meshdiff.metrics import PeakMemory, RunMetrics, Timer, collect
@@ -271,6 +272,8 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
         together.wait()
         seconds = time.perf_counter() - start
     failed = len(refused) + failures.add(0)
+    if failed:
+        report_failure(f"{failed} of {len(entries)} requests failed; {out / RESULTS} says why")
     if is_first_rank():
         console.print(f"{len(left)} requests in {seconds:.1f} s; {failed} of {len(entries)} failed: {out / RESULTS}")
     return 1 if failed else 0

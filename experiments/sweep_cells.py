@@ -226,7 +226,11 @@ def _reason(code: int | None, printed: str, out: Path, timeout: float) -> str:
     killed = re.search(r"exitcode\s*: -(\d+)", printed)
     noise = re.compile(r"[WEI]\d{4} |\s|Traceback|=+$|-+$|.* FAILED$|torch\.distributed")
     lines = [line for line in printed.splitlines() if line.strip() and not noise.match(line)]
-    wrong = [line for line in lines if re.match(r"(--\w|lost rank|out of memory|[\w.]*Error\b)", line)]
+    wrong = [
+        line
+        for line in lines
+        if re.match(r"(--\w|lost (rank|the launcher)|cannot start|out of memory|[\w.]*Error\b)", line)
+    ]
     if killed and not wrong:
         return f"a rank was killed by signal {killed[1]}"
     return (wrong or lines or [f"exit code {code}"])[0].split(" ([")[0]  # where gloo's own words begin

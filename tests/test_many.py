@@ -71,6 +71,7 @@ def test_replicas_of_several_ranks_make_the_same_clips(alone, tmp_path):
     process = torchrun(4, SCRIPT, *flags, "--shard-weights")
     assert "dp2-cfg2-cp1: 4 requests are 2 turns of 2 replicas of 2 ranks" in process.stdout  # two are bad
     assert "[rank" not in process.stderr
+    assert f"traceback : 2 of 6 requests failed; {tmp_path / 'out' / 'results.jsonl'} says why" in process.stderr
     expected, found = clips(alone / "out"), clips(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
