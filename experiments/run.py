@@ -27,7 +27,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a lost store is page
 
 import torch
 import tyro
-from clips import list_for_ranks, make_clip, make_clips, read_list
+from clips import make_clip, make_clips
+from prompt_list import list_for_ranks, read_list
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from meshdiff.agreement import agreed, check_same, is_first_rank

@@ -12,10 +12,14 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import clips
+import prompt_list
 import pytest
+import torch
 import torch.distributed as dist
 from ranks import torchrun
 from run import main
+from safetensors.torch import load_file
 
 from meshdiff import world
 from meshdiff.errors import InputError
@@ -111,6 +115,45 @@ def test_ranks_whose_launcher_is_killed_end_with_a_line_each(tmp_path):
         assert error.startswith(f"lost the launcher: rank {rank} cannot reach the store at localhost:")
         assert error.count("\n") == 1
     assert not list(out.glob(".*"))
+
+
+def test_a_run_that_torchrun_restarts_makes_the_same_clip(tmp_path):
+    assert main([*SMALL, "--out", str(tmp_path / "one")]) == 0
+    program = str(Path(__file__).with_name("killed_once.py"))
+    process = torchrun(2, program, *SMALL, "--cp", "2", "--out", str(tmp_path / "run"), restarts=1, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert "exitcode: -9" in process.stderr
+    expected, found = (load_file(tmp_path / name / "video.safetensors")["video"] for name in ("one", "run"))
+    assert torch.equal(found, expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "run"]
+
+
+def test_a_restart_takes_up_the_folder_of_the_attempt_before(tmp_path, monkeypatch, capfd):
+    """As if torchrun's store told of it."""
+    kept: dict[str, str] = {}
+    for module in (clips, prompt_list):
+        monkeypatch.setattr(module, "remember", kept.__setitem__)
+        monkeypatch.setattr(module, "recall", kept.get)
+    flags = [*SMALL, "--out", str(tmp_path / "run")]
+    (tmp_path / ".run.partial-1234").mkdir()  # of a first rank that was killed
+    kept["out"] = str(tmp_path / "run")
+    assert main(flags) == 0
+    made = (tmp_path / "run" / "metrics.json").stat().st_mtime_ns
+    assert main(flags) == 0  # the first rank was killed when all was written
+    assert "run is complete" in " ".join(capfd.readouterr().out.split())
+    assert (tmp_path / "run" / "metrics.json").stat().st_mtime_ns == made
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    kept.clear()
+    assert main(flags) == 2  # another run does not take it for its own
+    assert kept == {}
+    (tmp_path / "list.txt").write_text("a 1\na 2\n")
+    of_list = [*SMALL, "--prompts", "-", "--out", str(tmp_path / "list")]
+    with (tmp_path / "list.txt").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert main(of_list) == 0
+        assert kept == {"out": str(tmp_path / "list"), "list": "a 1\na 2\n"}
+        assert main(of_list) == 0  # nothing more can be read
+    assert "2 of 2 are complete" in capfd.readouterr().out
 
 
 def test_each_attempt_has_a_store_of_its_own_without_counting_restarts():
