@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,6 +111,7 @@ def start_wandb(config: Config, layout: Layout, folder: Path, group: str | None 
     import wandb
 
     try:
+        str(folder.absolute()).encode()  # here, before W&B has logged pages about it
         return wandb.init(
             project=config.wandb_project,
             mode=config.wandb,
@@ -119,6 +121,12 @@ def start_wandb(config: Config, layout: Layout, folder: Path, group: str | None 
             config={**{k.lstrip("-"): str(v) for k, v in config.flags().items()}, "layout": dataclasses.asdict(layout)},
             settings=wandb.Settings(silent=True, console="off", init_timeout=20),
         )
+    except UnicodeError as error:
+        raise InputError(
+            f"--wandb {config.wandb}",
+            f"W&B takes no folder or flag with letters that this locale ({sys.getfilesystemencoding()}) lacks; "
+            "PYTHONUTF8=1 in the environment reads them, --wandb disabled logs nothing",
+        ) from error
     except (wandb.errors.Error, OSError) as error:
         reason = str(error).splitlines()[0]
         flags = f"--wandb {config.wandb} --wandb-project {config.wandb_project}"
@@ -163,7 +171,7 @@ def write(video: Tensor, fps: int, metrics: RunMetrics, wandb_run: Any, folder: 
         write_video(video, folder, fps)
         if wandb_run is not None:
             log_clip(wandb_run, metrics, folder)
-        (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n")
+        (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError("--out", f"cannot be written ({error})") from error
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from meshdiff.agreement import after_first_rank, from_every_rank
 from meshdiff.errors import InputError
+from meshdiff.requests import decode_list
 from meshdiff.world import recall, remember
 
 if TYPE_CHECKING:
@@ -21,19 +22,19 @@ def read_list(config: Config, first: bool) -> str:
     """The text of `--prompts`, on every rank; only the first reads standard input, which the others do not have.
 
     Raises:
-        InputError: if there is no such list, or nothing in it.
+        InputError: if there is no such list, nothing in it, or it is not UTF-8.
     """
     text, error = "", None
     name = "standard input" if config.prompts == "-" else config.prompts or ""
     try:
         if config.prompts != "-":
-            data = Path(name).read_bytes()
-            text = data.decode("utf-8-sig", errors="surrogateescape")  # which no request takes for text
+            text = decode_list(Path(name).read_bytes(), name)
         elif first:
             earlier = recall("list")  # before a restart by torchrun, which cannot give standard input again
-            data = sys.stdin.buffer.read()
-            text = data.decode("utf-8-sig", errors="surrogateescape") if earlier is None else earlier
+            text = decode_list(sys.stdin.buffer.read(), name) if earlier is None else earlier
             remember("list", text)
+    except InputError as raised:
+        error = raised
     except OSError as raised:
         error = InputError("--prompts", f"{name} cannot be read ({raised.strerror or raised})")
     if config.prompts == "-":
@@ -54,5 +55,5 @@ def list_for_ranks(config: Config, text: str | None) -> Iterator[list[str]]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "standard-input"
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        path.write_text(text, encoding="utf-8", newline="")
         yield ["--prompts", str(path)]

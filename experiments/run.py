@@ -34,7 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from meshdiff.agreement import agreed, check_same, is_first_rank
 from meshdiff.errors import InputError
 from meshdiff.failures import ended_by, ended_by_signal
-from meshdiff.launch import end_process, end_with_launcher, start_ranks
+from meshdiff.launch import end_process, end_with_launcher, print_any_letter, start_ranks
 from meshdiff.liveness import Heartbeats
 from meshdiff.mesh import Layout, check_gpus, torchrun_command
 from meshdiff.models import DigitsModel, RandomModel, RandomShape, WanModel, WanRequest
@@ -359,6 +359,7 @@ if __name__ == "__main__":
     for stop in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, lambda number, frame: sys.exit(128 + number))
     end_with_launcher()
+    print_any_letter()
     exit_code = record(main)(sys.argv[1:]) or 0
     # The first rank to end with an error makes torchrun end the others, whose exit codes are to say the same.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import ctypes
+import io
 import json
 import logging
 import os
@@ -23,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshdiff.compat import known
 
-__all__ = ["end_process", "end_with_launcher", "end_with_parent", "report_failure", "start_ranks"]
+__all__ = ["end_process", "end_with_launcher", "end_with_parent", "print_any_letter", "report_failure", "start_ranks"]
 
 _LAUNCHER = "MESHDIFF_LAUNCHER"  # in a rank's environment: the process that started it
 
@@ -78,6 +80,21 @@ def end_with_parent() -> None:
     """Let this process get SIGTERM when the one that started it is gone, however that ended (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def print_any_letter() -> None:
+    """Let this process print letters that its locale has no code for, as escapes, where Python would raise."""
+    codecs.register_error("meshdiff.any_letter", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="meshdiff.any_letter")
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)  # bytes of a path, as they were given
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
 
 
 def report_failure(line: str) -> None:
