@@ -274,7 +274,7 @@ def main(config: Config) -> None:
         code = start_ranks(config.ranks, os.path.abspath(__file__), [*flags, *lengths, "--worker", result])
         if code:
             raise SystemExit(code)
-        for seq, outcome in json.loads(Path(result).read_text()).items():
+        for seq, outcome in json.loads(Path(result).read_text(encoding="utf-8")).items():
             console.print(table(config, int(seq), outcome))
 
 
@@ -287,6 +287,6 @@ if __name__ == "__main__":
         mesh = init_mesh(Layout(1, parsed.ranks), parsed.device)["cp"]
         outcomes = {seq: measure(parsed, seq, mesh) for seq in parsed.seq}
         if dist.get_rank() == 0:
-            Path(parsed.worker).write_text(json.dumps(outcomes))
+            Path(parsed.worker).write_text(json.dumps(outcomes), encoding="utf-8")
         dist.destroy_process_group()
         end_process(0)

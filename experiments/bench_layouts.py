@@ -122,7 +122,7 @@ def in_new_ranks(config: Config, layout: Layout, scale: float) -> dict[str, Any]
         code = start_ranks(layout.world_size, os.path.abspath(__file__), flags)
         if code:
             raise SystemExit(code)
-        return json.loads(result.read_text())
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def independent(config: Config, processes: int) -> float:
@@ -136,7 +136,7 @@ def independent(config: Config, processes: int) -> float:
         codes = [process.wait() for process in started]
         if any(codes):
             raise SystemExit(1)
-        return max(statistics.median(json.loads(result.read_text())["real"]) for result in results)
+        return max(statistics.median(json.loads(result.read_text(encoding="utf-8"))["real"]) for result in results)
 
 
 def seconds_to(*command: str) -> float:
@@ -199,6 +199,6 @@ if __name__ == "__main__":
         cfg, cp, guidance_scale, path = parsed.worker
         outcome = measure(parsed, Layout(cfg, cp), guidance_scale)
         if dist.get_rank() == 0:
-            Path(path).write_text(json.dumps(outcome))
+            Path(path).write_text(json.dumps(outcome), encoding="utf-8")
         dist.destroy_process_group()
         end_process(0)

@@ -329,7 +329,7 @@ def processor(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -353,7 +353,7 @@ def main(config: Config) -> None:
             code = start_ranks(ranks, os.path.abspath(__file__), [*sys.argv[1:], "--worker", name, result])
             if code:
                 raise SystemExit(code)
-            outcome = json.loads(Path(result).read_text())
+            outcome = json.loads(Path(result).read_text(encoding="utf-8"))
         if config.device == "cuda":
             console.print(table_of_share(config, name, outcome))
             continue
@@ -378,6 +378,6 @@ if __name__ == "__main__":
             mesh = init_mesh(Layout(2) if what == GUIDED else Layout(1, parsed.ranks), parsed.device)
             measured = (measure if parsed.device == "cpu" else measure_share)(parsed, what, mesh)
         if dist.get_rank() == 0:
-            Path(file).write_text(json.dumps(measured))
+            Path(file).write_text(json.dumps(measured), encoding="utf-8")
         dist.destroy_process_group()
         end_process(0)

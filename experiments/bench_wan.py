@@ -174,7 +174,7 @@ def in_new_ranks(task: Callable[..., Any], layout: Layout, started: int | None =
         code = start_ranks(started or layout.world_size, os.path.abspath(__file__), [*sys.argv[1:], *worker])
         if code:
             raise SystemExit(code)
-        return json.loads(result.read_text())
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def independent() -> float:
@@ -186,7 +186,7 @@ def independent() -> float:
         codes = [process.wait() for process in started]
         if any(codes):
             raise SystemExit(1)
-        return max(json.loads(result.read_text()) for result in results)
+        return max(json.loads(result.read_text(encoding="utf-8")) for result in results)
 
 
 def flops(config: Config) -> tuple[int, int]:
@@ -360,7 +360,7 @@ def main(config: Config) -> None:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cp)
         outcome = TASKS[task](config, init_mesh(Layout(cfg, cp), config.device))
         if dist.get_rank() == 0:
-            Path(result).write_text(json.dumps(outcome))
+            Path(result).write_text(json.dumps(outcome), encoding="utf-8")
         dist.destroy_process_group()
         end_process(0)
     console = Console(width=160)

@@ -7,11 +7,10 @@ import dataclasses
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,19 +20,21 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from meshdiff.agreement import after_first_rank, agreed, from_every_rank, is_first_rank
+from meshdiff.agreement import agreed, from_every_rank, is_first_rank
 from meshdiff.batch import RESULTS, Counter, Record, fresh, resume, take_turns
 from meshdiff.comms import CommsCounter
 from meshdiff.errors import InputError
+from meshdiff.launch import report_failure
 from meshdiff.media import write_video
 from meshdiff.mesh import Layout, init_mesh
 from meshdiff.metrics import PeakMemory, RunMetrics, Timer, collect
 from meshdiff.models import VideoModel
-from meshdiff.output import COMPLETE, output_folder
+from meshdiff.output import COMPLETE, output_folder, remove_partial
 from meshdiff.pipeline import Pipeline, check_strategy, prepare_request
 from meshdiff.request import Request
 from meshdiff.requests import Entry
 from meshdiff.simulation import simulate
+from meshdiff.world import recall, remember
 
 if TYPE_CHECKING:
     from run import Config
@@ -110,6 +111,7 @@ def start_wandb(config: Config, layout: Layout, folder: Path, group: str | None 
     import wandb
 
     try:
+        str(folder.absolute()).encode()  # here, before W&B has logged pages about it
         return wandb.init(
             project=config.wandb_project,
             mode=config.wandb,
@@ -119,6 +121,12 @@ def start_wandb(config: Config, layout: Layout, folder: Path, group: str | None 
             config={**{k.lstrip("-"): str(v) for k, v in config.flags().items()}, "layout": dataclasses.asdict(layout)},
             settings=wandb.Settings(silent=True, console="off", init_timeout=20),
         )
+    except UnicodeError as error:
+        raise InputError(
+            f"--wandb {config.wandb}",
+            f"W&B takes no folder or flag with letters that this locale ({sys.getfilesystemencoding()}) lacks; "
+            "PYTHONUTF8=1 in the environment reads them, --wandb disabled logs nothing",
+        ) from error
     except (wandb.errors.Error, OSError) as error:
         reason = str(error).splitlines()[0]
         flags = f"--wandb {config.wandb} --wandb-project {config.wandb_project}"
@@ -163,15 +171,29 @@ def write(video: Tensor, fps: int, metrics: RunMetrics, wandb_run: Any, folder: 
         write_video(video, folder, fps)
         if wandb_run is not None:
             log_clip(wandb_run, metrics, folder)
-        (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n")
+        (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError("--out", f"cannot be written ({error})") from error
+
+
+def output_of_run(config: Config, layout: Layout) -> tuple[Path, Literal["nothing", "begun", "complete"]]:
+    """The folder to write, the same on every rank, and how far it had come when torchrun restarted this run."""
+    out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
+    before: Literal["nothing", "begun", "complete"] = "nothing"
+    if is_first_rank() and (earlier := recall("out")) is not None:
+        out = Path(earlier)
+        before = "complete" if (out / COMPLETE).is_file() and not config.overwrite else "begun"
+    return from_every_rank((out, before))[0]
 
 
 def make_clip(config: Config, layout: Layout) -> None:
     """Generate and write one clip; every rank comes by here, rank 0 alone talks and writes."""
     console = Console()
-    out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
+    out, before = output_of_run(config, layout)
+    if before == "complete":  # a rank was lost between writing and ending
+        if is_first_rank():
+            console.print(f"{out} is complete")
+        return
     with contextlib.ExitStack() as stack:
         with agreed():
             model = config.open_model()
@@ -180,7 +202,10 @@ def make_clip(config: Config, layout: Layout) -> None:
         folder, wandb_run = Path(), None
         with agreed():
             if is_first_rank():
+                if before == "begun":
+                    remove_partial(out)
                 folder = stack.enter_context(output_folder(out, config.overwrite))
+                remember("out", str(out))
                 wandb_run = start_wandb(config, layout, folder)
         with progress_bar(console) as progress:
             task = progress.add_task("loading weights", total=request.steps)
@@ -203,52 +228,17 @@ def make_clip(config: Config, layout: Layout) -> None:
         console.print(summary(metrics, out))
 
 
-def read_list(config: Config, first: bool) -> str:
-    """The text of `--prompts`, on every rank; only the first reads standard input, which the others do not have.
-
-    Raises:
-        InputError: if there is no such list, or nothing in it.
-    """
-    text, error = "", None
-    try:
-        if first or config.prompts != "-":
-            data = sys.stdin.buffer.read() if config.prompts == "-" else Path(config.prompts or "").read_bytes()
-            text = data.decode("utf-8-sig", errors="surrogateescape")  # which no request takes for text
-    except OSError as raised:
-        error = InputError("--prompts", f"{config.prompts} cannot be read ({raised.strerror or raised})")
-    if config.prompts == "-":
-        after_first_rank("list")  # somebody may be typing, for longer than any time-out
-        text, error = from_every_rank((text, error))[0]
-    if error is not None:
-        raise error
-    if not text.strip():
-        raise InputError("--prompts", f"{config.prompts} holds no request; write a prompt on each line")
-    return text
-
-
-@contextlib.contextmanager
-def list_for_ranks(config: Config, text: str | None) -> Iterator[list[str]]:
-    """Flags that give ranks which are yet to be started a list that was read from standard input, and is read."""
-    if config.prompts != "-" or text is None:
-        yield []
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "standard-input"
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
-        yield ["--prompts", str(path)]
-
-
 def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
     """Do a list, each replica a request at a time; returns 1 if some of them failed, else 0."""
     console = Console()
-    out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
+    out, before = output_of_run(config, layout)
     with agreed():
         model = config.open_model()
         check_strategy(model, layout, config.strategy)
         ready, refused = prepared(model, layout, entries)
         left: list[Entry] = []
         if is_first_rank():
-            left = begin_list(out, config, ready, refused)
+            left = begin_list(out, config.resume or before == "begun", config, ready, refused)
             console.print(f"{layout}: {layout.reason(max(1, len(ready)))}")
             if len(left) < len(ready):
                 console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
@@ -271,6 +261,8 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
         together.wait()
         seconds = time.perf_counter() - start
     failed = len(refused) + failures.add(0)
+    if failed:
+        report_failure(f"{failed} of {len(entries)} requests failed; {out / RESULTS} says why")
     if is_first_rank():
         console.print(f"{len(left)} requests in {seconds:.1f} s; {failed} of {len(entries)} failed: {out / RESULTS}")
     return 1 if failed else 0
@@ -294,10 +286,13 @@ def work(model: VideoModel, request: Request) -> int:
     return math.prod(model.grid(request)) * (request.steps or 1) * len(request.branches)
 
 
-def begin_list(out: Path, config: Config, ready: dict[Entry, Request], refused: list[Record]) -> list[Entry]:
-    """Make the folder of a list, or put it right; returns what is to do."""
-    if not (config.resume and out.is_dir()):
+def begin_list(
+    out: Path, go_on: bool, config: Config, ready: dict[Entry, Request], refused: list[Record]
+) -> list[Entry]:
+    """Make the folder of a list, or put one right that is to be gone on with; returns what is to do."""
+    if not (go_on and out.is_dir()):
         fresh(out)
+    remember("out", str(out))
     left = resume(out, ready, config.of_model())
     for record in refused:
         record.append(out)

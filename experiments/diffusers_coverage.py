@@ -151,7 +151,7 @@ def on_ranks(config: Config) -> None:
     for name in config.only:
         found = attempt(TINY[name], mesh)
         if is_first_rank():
-            with config.to.open("a") as file:
+            with config.to.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(found)) + "\n")
 
 
@@ -163,11 +163,11 @@ def collect(config: Config, ranks: int) -> list[Found]:
         to.touch()
         while names:
             start_ranks(ranks, __file__, ["--to", str(to), "--only", *names])
-            found = [Found(**json.loads(line)) for line in to.read_text().splitlines()]
+            found = [Found(**json.loads(line)) for line in to.read_text(encoding="utf-8").splitlines()]
             names = [name for name in names if name not in {one.name for one in found}]
             if names:
                 lost = Found(names[0], ranks, refused="a rank died, or did not answer")
-                with to.open("a") as file:
+                with to.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(vars(lost)) + "\n")
                 found, names = [*found, lost], names[1:]
     return found

@@ -124,7 +124,7 @@ def make_tokenizer(folder: Path) -> Any:
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512}
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     # Said here, or HF_HUB_OFFLINE would show in the tokenizer that the pipeline saves.
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -241,7 +241,7 @@ def original_config(transformer: Any) -> dict[str, Any]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, shards: int) -> None:

@@ -23,20 +23,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a lost store is pages of C++ frames above the line about it
+
 import torch
 import tyro
-from clips import list_for_ranks, make_clip, make_clips, read_list
+from clips import make_clip, make_clips
+from prompt_list import list_for_ranks, read_list
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from meshdiff.agreement import agreed, check_same, explained, first_to_fail, is_first_rank, is_of_collective
+from meshdiff.agreement import agreed, check_same, is_first_rank
 from meshdiff.errors import InputError
-from meshdiff.launch import end_process, end_with_launcher, start_ranks
-from meshdiff.liveness import Heartbeats, lost_rank
-from meshdiff.mesh import Layout, check_gpus, init_distributed, launched_world_size, torchrun_command
+from meshdiff.failures import ended_by, ended_by_signal
+from meshdiff.launch import end_process, end_with_launcher, print_any_letter, start_ranks
+from meshdiff.liveness import Heartbeats
+from meshdiff.mesh import Layout, check_gpus, torchrun_command
 from meshdiff.models import DigitsModel, RandomModel, RandomShape, WanModel, WanRequest
 from meshdiff.models.digits import WEIGHTS
 from meshdiff.pipeline import check_strategy, prepare_request
 from meshdiff.request import Request
 from meshdiff.requests import read_requests
+from meshdiff.world import init_distributed, launched_world_size
 
 LARGE = {
     "wan": "a folder or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or make a tiny one: "
@@ -296,7 +302,7 @@ class HelpAsked(ParseError):
 
 def main(arguments: list[str]) -> int:
     """Parse, agree with the other ranks, start more of them if need be, run; returns the exit code."""
-    heartbeats = Heartbeats()
+    heartbeats, failed = Heartbeats(), False
     try:
         world = launched_world_size()
         if world > 1:
@@ -329,27 +335,21 @@ def main(arguments: list[str]) -> int:
             make_clip(config, layout)
         else:
             return make_clips(config, layout, entries)
-    except InputError as error:
-        code = getattr(error, "exit_code", 2)
-        if is_first_rank():
-            print(error, file=sys.stderr if code else sys.stdout, flush=True)
-        return code
-    except (RuntimeError, MemoryError) as error:
-        # The launcher ends the others when one has ended, and here it is yet to be said why.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        explanation = lost_rank(error, heartbeats.missing()) if is_of_collective(error) else explained(error)
-        if explanation is None:
+    except Exception as error:
+        failed = True
+        code = ended_by(error, heartbeats)
+        if code is None:
             raise
-        if first_to_fail():
-            print(explanation, file=sys.stderr, flush=True)
-        return 2
+        return code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as stop:  # from a signal
-        return int(stop.code or 0)
+        failed = True
+        return ended_by_signal(int(stop.code or 0), heartbeats)
     finally:
         heartbeats.stop()
-        if torch.distributed.is_initialized():
+        # Of several ranks that failed, one might wait here for another; the process is about to end anyway.
+        if torch.distributed.is_initialized() and not (failed and torch.distributed.get_world_size() > 1):
             torch.distributed.destroy_process_group()
     return 0
 
@@ -359,7 +359,8 @@ if __name__ == "__main__":
     for stop in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, lambda number, frame: sys.exit(128 + number))
     end_with_launcher()
-    exit_code = main(sys.argv[1:])
+    print_any_letter()
+    exit_code = record(main)(sys.argv[1:]) or 0
     # The first rank to end with an error makes torchrun end the others, whose exit codes are to say the same.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_process(exit_code)

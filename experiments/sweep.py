@@ -34,6 +34,7 @@ from sweep_cells import CLIPS, Cell, Row, measure, read_rows, write_rows
 from sweep_report import draw, log_to_wandb, summary, write_tables
 
 from meshdiff.errors import InputError
+from meshdiff.launch import print_any_letter
 from meshdiff.mesh import Layout
 from meshdiff.metrics import device_name
 from meshdiff.models import VideoModel
@@ -226,7 +227,7 @@ def begin(config: Config, out: Path) -> list[Row]:
     for leftover in out.glob(f"{CLIPS}*"):  # of a sweep that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     if not (out / ASKED).exists():
-        (out / f".{ASKED}").write_text(json.dumps(asked, indent=2) + "\n")
+        (out / f".{ASKED}").write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
         (out / f".{ASKED}").replace(out / ASKED)
     return read_rows(out / RESULTS) if (out / RESULTS).is_file() else []
 
@@ -234,7 +235,7 @@ def begin(config: Config, out: Path) -> list[Row]:
 def check_same_sweep(asked: dict[str, object], out: Path) -> None:
     """Raise `InputError` if the sweep in that folder is of other clips, or of another machine."""
     try:
-        before = dict(json.loads((out / ASKED).read_text()))
+        before = dict(json.loads((out / ASKED).read_text(encoding="utf-8")))
     except ValueError as error:
         raise InputError("--out", f"{out / ASKED} cannot be read ({error}); name another folder") from error
     for name, value in asked.items():
@@ -296,6 +297,7 @@ def main(config: Config) -> int:
 if __name__ == "__main__":
     for stop in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, lambda number, frame: sys.exit(128 + number))
+    print_any_letter()
     try:
         sys.exit(main(tyro.cli(Config)))
     except InputError as error:

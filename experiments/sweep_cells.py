@@ -100,7 +100,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a `results.csv`; lines that are none are left out."""
     kinds = {field.name: str(field.type) for field in fields(Row)}
     rows = []
-    with path.open(newline="", errors="replace") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for line in csv.DictReader(file):
             with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
                 rows.append(Row(**{name: _value(line[name], kind) for name, kind in kinds.items()}))
@@ -118,7 +118,7 @@ def _value(text: str, kind: str) -> Any:
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Put a `results.csv` in the place of the one that is there, if any."""
     partial = path.with_name(f".{path.name}")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -144,7 +144,7 @@ def measure(cell: Cell, flags: Sequence[str], known: Mapping[str, Any], folder: 
         log.unlink(missing_ok=True)
         if code == 0:
             return Row(**known, status="ok", **_measured(clips / "out"))
-        log.write_text(printed)
+        log.write_text(printed, encoding="utf-8")
         return Row(**known, status="failed", error=_reason(code, printed, clips / "out", timeout))
     finally:
         shutil.rmtree(clips, ignore_errors=True)
@@ -153,7 +153,9 @@ def measure(cell: Cell, flags: Sequence[str], known: Mapping[str, Any], folder: 
 def _list_of_clips(folder: Path, count: int) -> list[str]:
     """Flags for one clip for each replica."""
     listed = folder / "list.jsonl"
-    listed.write_text("".join(json.dumps({"name": f"clip-{i}", "seed": i}) + "\n" for i in range(count)))
+    listed.write_text(
+        "".join(json.dumps({"name": f"clip-{i}", "seed": i}) + "\n" for i in range(count)), encoding="utf-8"
+    )
     return ["--prompts", str(listed), "--out", str(folder / "out")]
 
 
@@ -165,7 +167,7 @@ def _torchrun(ranks: int, flags: Sequence[str], timeout: float) -> tuple[int | N
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
@@ -194,7 +196,7 @@ def _end(process: subprocess.Popen[str]) -> str:
 
 def _measured(out: Path) -> dict[str, Any]:
     """The columns that the clips of a run give."""
-    clips = [json.loads(path.read_text()) for path in sorted(out.glob(f"*/{COMPLETE}"))]
+    clips = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob(f"*/{COMPLETE}"))]
     first = clips[0]
     sent = {
         f"{dim}_{collective}_bytes": traffic["bytes"]
@@ -220,13 +222,17 @@ def _reason(code: int | None, printed: str, out: Path, timeout: float) -> str:
     if code is None:
         return f"took longer than --timeout {timeout:g} seconds"
     with contextlib.suppress(OSError, ValueError):
-        for line in (out / RESULTS).read_text().splitlines():
+        for line in (out / RESULTS).read_text(encoding="utf-8").splitlines():
             if error := json.loads(line)["error"]:
                 return error
     killed = re.search(r"exitcode\s*: -(\d+)", printed)
     noise = re.compile(r"[WEI]\d{4} |\s|Traceback|=+$|-+$|.* FAILED$|torch\.distributed")
     lines = [line for line in printed.splitlines() if line.strip() and not noise.match(line)]
-    wrong = [line for line in lines if re.match(r"(--\w|lost rank|out of memory|[\w.]*Error\b)", line)]
+    wrong = [
+        line
+        for line in lines
+        if re.match(r"(--\w|lost (rank|the launcher)|cannot start|out of memory|[\w.]*Error\b)", line)
+    ]
     if killed and not wrong:
         return f"a rank was killed by signal {killed[1]}"
     return (wrong or lines or [f"exit code {code}"])[0].split(" ([")[0]  # where gloo's own words begin

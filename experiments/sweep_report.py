@@ -154,7 +154,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def write_tables(rows: Sequence[Row], out: Path) -> None:
-    (out / "tables.md").write_text(tables(rows))
+    (out / "tables.md").write_text(tables(rows), encoding="utf-8")
 
 
 def summary(rows: Sequence[Row]) -> Table:
@@ -359,6 +359,7 @@ def log_to_wandb(rows: Sequence[Row], out: Path, mode: str, project: str) -> Non
             continue
         config = {key: getattr(own[0], key) for key in told}
         try:
+            str(out.absolute()).encode()  # here, before W&B has logged pages about it
             logged = wandb.init(
                 project=project,
                 group=out.name,
@@ -369,7 +370,7 @@ def log_to_wandb(rows: Sequence[Row], out: Path, mode: str, project: str) -> Non
                 config=config,
                 settings=wandb.Settings(silent=True, console="off", init_timeout=20),
             )
-        except (wandb.errors.Error, OSError) as error:
+        except (wandb.errors.Error, OSError, UnicodeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"--wandb {mode}", f"{reason}; what was measured is kept, --resume logs it") from error
         for row in own:

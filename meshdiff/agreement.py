@@ -8,19 +8,17 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.errors import InputError
 from meshdiff.simulation import is_simulated
+from meshdiff.world import store
 
 __all__ = [
     "after_first_rank",
     "agreed",
     "check_same",
-    "explained",
-    "first_to_fail",
     "from_every_rank",
     "is_first_rank",
     "is_of_collective",
@@ -68,9 +66,11 @@ def agreed(mesh: DeviceMesh | None = None) -> Iterator[None]:
     if not failed:
         return
     first = next(iter(failed.values()))
-    if len(failed) == len(errors):
-        raise first
-    raise InputError(f"rank {', '.join(map(str, failed))} of {len(errors)}: {first.source}", first.problem)
+    if len(failed) < len(errors):
+        first = InputError(f"rank {', '.join(map(str, failed))} of {len(errors)}: {first.source}", first.problem)
+    # Of a mesh that is a part of the world, the others go on.
+    first.everywhere = mesh is None
+    raise first
 
 
 def check_same(flags: Mapping[str, object]) -> None:
@@ -79,14 +79,11 @@ def check_same(flags: Mapping[str, object]) -> None:
     for flag, value in ranks[0].items():
         for rank, other in enumerate(ranks):
             if other.get(flag) != value:
-                raise InputError(
+                error = InputError(
                     flag, f"is {value} on rank 0 and {other.get(flag)} on rank {rank}; start every rank with the same"
                 )
-
-
-def store() -> dist.Store:
-    """What all ranks can read and write without waiting for each other; torch gives no public way to it."""
-    return dist.distributed_c10d._get_default_store()
+                error.everywhere = True
+                raise error
 
 
 def after_first_rank(name: str) -> None:
@@ -103,27 +100,6 @@ def after_first_rank(name: str) -> None:
         time.sleep(0.1)
 
 
-def first_to_fail() -> bool:
-    """Whether no other rank has failed before: the first knows why, the others only miss it. No collective."""
-    if not dist.is_initialized() or is_simulated():
-        return True
-    return store().add("meshdiff/failed", 1) == 1
-
-
-def explained(error: BaseException) -> InputError | None:
-    """What one rank alone ran into that is no fault of the program, in one line; None for anything else."""
-    rank = f"rank {dist.get_rank()}" if dist.is_initialized() and not is_simulated() else "this process"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:
-        to_host = "--low-memory 1 to 3 moves weights to host memory, " * torch.cuda.is_available()
-        return InputError(
-            "out of memory",
-            f"on {rank} ({reason}); more ranks with --cp divide activations, --shard-weights divides weights, "
-            f"{to_host}a smaller clip needs less of everything",
-        )
-    return None
-
-
 def is_of_collective(error: BaseException) -> bool:
     """Whether it says that a collective failed, which a rank that is missing makes it do."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())

@@ -91,7 +91,7 @@ def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, 
     """
     recorded: dict[str, dict[str, Any]] = {}
     if (folder / RESULTS).is_file():
-        for line in (folder / RESULTS).read_text(errors="replace").splitlines():
+        for line in (folder / RESULTS).read_text(encoding="utf-8", errors="replace").splitlines():
             try:  # the last line may be half a line
                 record = json.loads(line)
                 recorded[record["name"]] = record
@@ -105,7 +105,7 @@ def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, 
             left.append(entry)
             continue
         try:
-            metrics = dict(json.loads(complete.read_text()))
+            metrics = dict(json.loads(complete.read_text(encoding="utf-8")))
             _check_same(entry, {**asdict(request), **(model or {})}, metrics)
             done = Record(
                 entry.line, entry.name, "ok", seconds=metrics["seconds_total"], replica=metrics.get("replica")
@@ -116,7 +116,7 @@ def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, 
         record = {**before, "line": entry.line} if before.get("status") == "ok" else asdict(done)
         kept.append(json.dumps(record))
     rewritten = folder / f".{RESULTS}"
-    rewritten.write_text("".join(line + "\n" for line in kept))
+    rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     rewritten.replace(folder / RESULTS)
     return left
 

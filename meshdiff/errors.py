@@ -13,6 +13,9 @@ class InputError(Exception):
         problem: what is wrong with it and what would fit.
     """
 
+    everywhere = False
+    """Whether every rank raises it, so that the first rank can print it for all."""
+
     def __init__(self, source: str, problem: str) -> None:
         super().__init__(f"{source}: {problem}")
         self.source = source

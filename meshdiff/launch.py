@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import ctypes
+import io
+import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshdiff.compat import known
 
-__all__ = ["end_process", "end_with_launcher", "end_with_parent", "start_ranks"]
+__all__ = ["end_process", "end_with_launcher", "end_with_parent", "print_any_letter", "report_failure", "start_ranks"]
 
 _LAUNCHER = "MESHDIFF_LAUNCHER"  # in a rank's environment: the process that started it
 
@@ -55,6 +60,8 @@ def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
             elastic_launch(config, sys.executable)("-u", script, *arguments)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
+        said: Any = first.message
+        report_failure(said.get("message", "") if isinstance(said, dict) else said)
         return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     except SignalException as caught:
         return 128 + int(caught.sigval)
@@ -73,6 +80,34 @@ def end_with_parent() -> None:
     """Let this process get SIGTERM when the one that started it is gone, however that ended (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def print_any_letter() -> None:
+    """Let this process print letters that its locale has no code for, as escapes, where Python would raise."""
+    codecs.register_error("meshdiff.any_letter", _escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="meshdiff.any_letter")
+
+
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)  # bytes of a path, as they were given
+    except UnicodeError:
+        return codecs.backslashreplace_errors(error)
+
+
+def report_failure(line: str) -> None:
+    """Let torchrun's report of this rank show that line as the reason; nothing without torchrun.
+
+    In the form that `torch.distributed.elastic.multiprocessing.errors.record`
+    gives an exception, without its traceback.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # the report is a courtesy
+            Path(file).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def end_process(code: int) -> NoReturn:

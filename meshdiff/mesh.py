@@ -27,6 +27,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.compat import on_shards
 from meshdiff.errors import InputError
+from meshdiff.world import init_distributed, launched_world_size
 
 __all__ = [
     "Layout",
@@ -178,39 +179,6 @@ def _replicas(world_size: int, requests: int, cfg: int | None = None, cp: int | 
         return -(-requests // dp) / (ranks * DOUBLING ** math.log2(ranks))
 
     return min((dp for dp in range(1, world_size + 1) if fits(dp) and dp <= requests), key=turns_of, default=1)
-
-
-def launched_world_size() -> int:
-    """The number of processes that torchrun started; 1 without torchrun."""
-    given = os.environ.get("WORLD_SIZE", "1")
-    if not given.isdecimal():
-        raise InputError("WORLD_SIZE", f"{given!r} in the environment is no number; start the program with torchrun")
-    return int(given)
-
-
-def init_distributed(timeout: timedelta | None = None) -> None:
-    """Start `torch.distributed` from torchrun's environment; without torchrun, a world of one process.
-
-    Does nothing if it has been started. Where there are GPUs the world has
-    nccl for CUDA tensors and gloo for the rest, so ranks can talk before they
-    agree on a device.
-
-    Args:
-        timeout: how long a rank waits for the others before it raises. Torch's
-            own default of 30 minutes on gloo hides a rank that died.
-    """
-    if dist.is_initialized():
-        return
-    cuda = torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    timeout = timeout or timedelta(seconds=600 if cuda else 120)
-    if launched_world_size() > 1:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise InputError("WORLD_SIZE", f"is set, but {', '.join(missing)} not; start the program with torchrun")
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta | None = None) -> DeviceMesh:

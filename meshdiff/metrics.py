@@ -69,7 +69,7 @@ class PeakMemory:
             self.start = torch.cuda.memory_allocated()
             return
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets what `so_far` reads
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: resets what `so_far` reads
         self.start = self.so_far()
 
     def so_far(self) -> int:
@@ -79,7 +79,7 @@ class PeakMemory:
         try:
             return next(
                 1024 * int(line.split()[1])
-                for line in Path("/proc/self/status").read_text().splitlines()
+                for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
                 if line.startswith("VmHWM")
             )
         except (OSError, StopIteration):  # elsewhere: of the whole life of the process
@@ -201,7 +201,7 @@ def device_name(device_type: str) -> str:
     if device_type == "cuda":
         return torch.cuda.get_device_name()
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

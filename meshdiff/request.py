@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import unicodedata
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,12 @@ class Request:
             broken = [c for c in getattr(self, name) if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r"]
             if broken:
                 flag = f"--{name.replace('_', '-')}"
+                if "\udc80" <= broken[0] <= "\udcff":  # how Python reads a byte that it cannot decode
+                    raise InputError(
+                        flag,
+                        f"is not in this locale's encoding ({sys.getfilesystemencoding()}); PYTHONUTF8=1 in the "
+                        "environment reads UTF-8",
+                    )
                 raise InputError(flag, f"holds {broken[0]!r}, which is a control character or half of one")
         if (self.steps or 0) > MOST_STEPS:
             raise InputError("--steps", f"{self.steps} given, needs {MOST_STEPS} at most")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
+import os
 import re
+import sys
 import typing
 from dataclasses import dataclass, replace
 from types import UnionType
@@ -13,7 +16,7 @@ from typing import Any, Literal
 from meshdiff.errors import InputError
 from meshdiff.request import Request
 
-__all__ = ["Entry", "read_requests"]
+__all__ = ["Entry", "decode_list", "read_requests"]
 
 LONGEST_NAME = 100
 
@@ -33,6 +36,35 @@ class Entry:
     name: str
     request: Request | None = None
     error: str | None = None
+
+
+def decode_list(data: bytes, source: str) -> str:
+    """The text of a list.
+
+    Args:
+        data: as it was read.
+        source: the file's name, for errors.
+
+    Raises:
+        InputError: if it is not UTF-8. Of the whole list, as letters of its other lines may be wrong as well.
+    """
+    wide = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+    if data.startswith(wide) or 4 * data.count(0) > len(data):  # every other byte of English without a mark is 0
+        longest = data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or 2 * data.count(0) > len(data)
+        raise _not_utf8(source, "", "UTF-32" if longest else "UTF-16")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = len(re.split(rb"\r\n|\r|\n", data[: error.start]))
+        raise _not_utf8(source, f" in line {line}", "LATIN1") from error
+
+
+def _not_utf8(source: str, where: str, encoding: str) -> InputError:
+    """`encoding` is a guess, for the command."""
+    return InputError(
+        "--prompts", f"{source} is not UTF-8{where}; save it as UTF-8, or convert it: iconv -f {encoding} -t UTF-8"
+    )
 
 
 def read_requests(text: str, base: Request) -> list[Entry]:
@@ -109,6 +141,14 @@ def _checked_name(name: Any) -> str:
             f"{name!r} given; a name is a folder's: letters, digits, space and _ . + -, not first a sign, "
             f"{LONGEST_NAME} bytes at most",
         )
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "name",
+            f"{name!r} given, which no folder can have in this locale ({sys.getfilesystemencoding()}); PYTHONUTF8=1 in "
+            "the environment allows it",
+        ) from error
     return name.rstrip(" .")
 
 

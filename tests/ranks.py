@@ -14,10 +14,11 @@ PROGRAM = Path(__file__).with_name("on_ranks.py")
 
 
 def torchrun(
-    world_size: int, *command: str, timeout: float = 300, cwd: Path | None = None
+    world_size: int, *command: str, timeout: float = 300, cwd: Path | None = None, restarts: int = 0
 ) -> subprocess.CompletedProcess:
     """A real torchrun on this machine, one thread a rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    launcher += ["--max-restarts", str(restarts)]
     return subprocess.run(
         [*launcher, *command],
         capture_output=True,

@@ -71,6 +71,7 @@ def test_replicas_of_several_ranks_make_the_same_clips(alone, tmp_path):
     process = torchrun(4, SCRIPT, *flags, "--shard-weights")
     assert "dp2-cfg2-cp1: 4 requests are 2 turns of 2 replicas of 2 ranks" in process.stdout  # two are bad
     assert "[rank" not in process.stderr
+    assert f"traceback : 2 of 6 requests failed; {tmp_path / 'out' / 'results.jsonl'} says why" in process.stderr
     expected, found = clips(alone / "out"), clips(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -159,6 +160,8 @@ def test_resume_does_nothing_twice_and_mistakes_no_request_for_another(alone, tm
         (["--dp", "2"], "--dp: divides the requests of --prompts"),
         (["--prompts", "nowhere.txt"], "--prompts: nowhere.txt cannot be read"),
         (["--prompts", "empty.txt"], "--prompts: empty.txt holds no request"),
+        (["--prompts", "utf16.txt"], "--prompts: utf16.txt is not UTF-8; save it as UTF-8"),
+        (["--prompts", "latin.txt"], "--prompts: latin.txt is not UTF-8 in line 2; save it as UTF-8"),
         (["--prompts", "list.txt", "--resume"], "--resume: goes on with a list"),
         (["--prompts", "list.txt", "--overwrite"], "--overwrite: is for a single clip"),
         (["--prompts", "list.txt", "--simulate", "--dp", "2"], "--dp: replicas do different things"),
@@ -169,11 +172,14 @@ def test_bad_flags_are_one_line(flags, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "list.txt").write_text("a 1\na 2\n")
+    (tmp_path / "utf16.txt").write_text("a 1\na 2\n", encoding="utf-16")
+    (tmp_path / "latin.txt").write_text("a 1\nun ch\xe2teau\n", encoding="latin-1")
+    before = sorted(tmp_path.iterdir())
     assert main([*FLAGS, *flags]) == 2
     error = capfd.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "list.txt"]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_neighbours_are_of_one_sequence_then_of_one_guidance_then_of_one_replica():

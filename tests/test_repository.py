@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -52,6 +53,29 @@ def test_shipped_weights_are_small():
 def test_private_torch_is_imported_in_one_place():
     users = [p.name for p in (ROOT / "meshdiff").rglob("*.py") if "_local_tensor" in p.read_text()]
     assert users == ["simulation.py"]
+
+
+def test_text_files_have_an_encoding_that_no_locale_changes():
+    without, ascii_only = [], [ROOT / "meshdiff" / "integrations" / "pipelines.py"]  # the index that diffusers writes
+    for path in [*(ROOT / "meshdiff").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:
+        if path in ascii_only:
+            continue
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and opens_text(call) and "encoding" not in {k.arg for k in call.keywords}:
+                without.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert without == []
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether it reads or writes a file, or what a process prints, as text."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    of_module = isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name) and call.func.value.id
+    if name == "open" and (of_module == "os" or str(of_module)[:1].isupper()):  # descriptors; a model of that name
+        return False
+    if name in ("run", "Popen", "check_output"):
+        return any(keyword.arg in ("text", "universal_newlines") for keyword in call.keywords)
+    binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in call.args)
+    return name in ("read_text", "write_text") or (name == "open" and not binary)
 
 
 def test_the_flag_reference_is_what_help_says():

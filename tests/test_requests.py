@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshdiff import Request
+from meshdiff import InputError, Request
 from meshdiff.models import WanRequest
-from meshdiff.requests import LONGEST_NAME, read_requests
+from meshdiff.requests import LONGEST_NAME, decode_list, read_requests
 
 BASE = Request(steps=2, seed=5)
 
@@ -22,6 +23,32 @@ def test_prompts_and_objects_become_requests():
     assert first.request == Request("a 7 moving left", steps=2, seed=5)
     assert (second.line, second.name) == (3, "three")
     assert second.request == Request("a 3", steps=2, seed=9, guidance_scale=2)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_wide_encodings_are_named_with_the_command_that_helps(encoding):
+    guess = encoding[:6].upper()
+    command = re.escape(f"iconv -f {guess} -t UTF-8")
+    with pytest.raises(InputError, match=f"--prompts: list.txt is not UTF-8; .*{command}$"):
+        decode_list("a 7 moving left\na 3".encode(encoding), "list.txt")
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+def test_the_first_line_that_is_not_utf8_is_named(ends):
+    data = f"\ufeffa 1{ends}\u732b{ends}".encode() + b"un ch\xe2teau"
+    with pytest.raises(InputError, match=r"--prompts: list.txt is not UTF-8 in line 3; .*iconv -f LATIN1 -t UTF-8$"):
+        decode_list(data, "list.txt")
+
+
+def test_utf8_is_read_with_and_without_a_mark_and_one_bad_character_is_not_a_bad_list():
+    assert decode_list("\ufeff\u732b\n".encode(), "list.txt") == "\u732b\n"
+    assert decode_list(b"", "list.txt") == ""
+    assert decode_list(b"a 7\0\n", "list.txt") == "a 7\0\n"
+
+
+def test_bytes_of_another_encoding_on_the_command_line_say_how_to_read_them():
+    with pytest.raises(InputError, match=r"--prompt: is not in this locale's encoding .*; PYTHONUTF8=1"):
+        Request("caf\udcc3\udca9")
 
 
 def test_lines_end_as_on_any_system():

@@ -143,7 +143,7 @@ def find_weights(folder: Path, flag: str, stem: str = "diffusion_pytorch_model")
 def _shards(index: Path, flag: str) -> list[str]:
     """The files that an index names, all of them beside it."""
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if not shards or any(Path(shard).name != shard or len(shard) > 255 for shard in shards):
             raise ValueError("it has to name files beside it")
         return sorted(shards)

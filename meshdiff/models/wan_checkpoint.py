@@ -201,7 +201,7 @@ def local_folder(name: str, flag: str, parts: Sequence[str]) -> Path:
 def read_json(path: Path, flag: str) -> dict[str, Any]:
     """An object from a file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(flag, f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
