@@ -158,7 +158,7 @@ class Guidance:
         elif what:
             kind.grew += 1
         else:
-            self._settle(kind, inner, args, kwargs, output)
+            return self._settle(kind, inner, args, kwargs, output)
         return output
 
     def _of_other_rank(self, reasons: Sequence[str]) -> RuntimeError | None:
@@ -169,16 +169,23 @@ class Guidance:
                 return RuntimeError(f"{model} raised on rank {rank} of this mesh and not on all: {reason}")
         return None
 
-    def _settle(self, kind: Kind, inner: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None:
-        """Let ranks divide further calls of a kind, one of which has left the model as it was."""
+    def _settle(self, kind: Kind, inner: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> Any:
+        """Let ranks divide further calls of a kind, one of which has left the model as it was.
+
+        Returns:
+            the output, to the bit that of further calls.
+        """
         form = OutputForm.of(output)
         if form is None:
             self._fall_back("does not return tensors alone")
-            return
+            return output
         kind.form, kind.on_rows = form, False
         if batch_of(args, kwargs) > 1:
             call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))
-            kind.on_rows = self._try_rows(call, output)
+            found = self._try_rows(call, output)
+            kind.on_rows = found is not None
+            return output if found is None else found
+        return output
 
     # A batch, each rank some of its rows.
 
@@ -190,42 +197,43 @@ class Guidance:
         self._run_in_order([call], shared=True)
         return call.result()
 
-    def _try_rows(self, call: Call, expected: Any) -> bool:
-        """Whether rows can be done apart: what is a batch is a guess, which may be wrong and may raise."""
+    def _try_rows(self, call: Call, expected: Any) -> Any:
+        """The output as ranks make it of their rows; None if that is not right.
+
+        What is a batch is a guess, which may be wrong and may raise.
+        """
         before, reason = ModuleSnapshot(self.module, copies=True), ""
         batch, forms = call.batch, row_forms(call, self.mesh)
-        output = None
-        if not all(form is None or (form[0] and form[0][0] == batch) for form in call.form.tensors):
-            reason = "what it returns has other rows"
+        own: list[Tensor] = []
+        try:
+            own = OutputForm.tensors_of(call.run_with(rows_of(call, self.mesh)))
+        except Exception as error:
+            if not others_can_hear(error):
+                raise
+            reason = explain(error)
         else:
-            try:
-                output = OutputForm.tensors_of(call.run_with(rows_of(call, self.mesh)))
-            except Exception as error:
-                if not others_can_hear(error):
-                    raise
-                reason = explain(error)
-            else:
-                if not self._fits(output, forms):
-                    reason = "what it returns has other rows"
+            has_rows = all(form is None or (form[0] and form[0][0] == batch) for form in call.form.tensors)
+            if not has_rows or not self._fits(own, forms):
+                reason = "what it returns has other rows"
         now = before.again()
         if now is not before:
             before.restore(now)
-        reasons = from_every_rank(reason, self.mesh)
+        reasons, output = from_every_rank(reason, self.mesh), None
         if not any(reasons):
-            assert output is not None
-            parts = exchange(output, forms, self.mesh, call.device)
+            parts = exchange(own, forms, self.mesh, call.device)
             assert parts is not None
-            apart = difference(joined(call, parts, self.mesh), expected)
+            output = joined(call, parts, self.mesh)
+            apart = difference(output, expected)
             off = "" if apart <= tolerance(expected) else f"it gives something else for them ({apart:.1e} apart)"
             reasons = from_every_rank(off, self.mesh)
-        for reason in reasons:
-            if reason:
-                self._warn(
-                    f"does not do the {batch} rows of a batch apart from each other ({reason}); every rank of cfg does "
-                    "all of them"
-                )
-                return False
-        return True
+        reason = next(filter(None, reasons), "")
+        if not reason:
+            return output
+        self._warn(
+            f"does not do the {batch} rows of a batch apart from each other ({reason}); every rank of cfg does all of "
+            "them"
+        )
+        return None
 
     # Calls of one row each, at once.
 

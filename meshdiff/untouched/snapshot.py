@@ -199,7 +199,7 @@ class ModuleSnapshot:
                             key: self._fact(vars(base)[key], f"{base.__qualname__}.{key}") for key in names
                         }
             for function in _functions_of(cls, cls.forward):
-                space, package = function.__globals__, function.__module__.partition(".")[0]
+                space, package = function.__globals__, _package(function)
                 own = facts.setdefault(f"module {function.__module__}", {})
                 for key in _names(function.__code__):
                     if key not in own and key in space and _is_state(key, space[key], package):
