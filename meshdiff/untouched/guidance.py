@@ -26,7 +26,7 @@ from meshdiff.simulation import is_simulated, on_each_rank
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.later import Later
 from meshdiff.untouched.parallel import replace_forward
-from meshdiff.untouched.retreat import check_alike
+from meshdiff.untouched.rank_checks import check_alike
 from meshdiff.untouched.state import Ambient, ModelState
 
 __all__ = ["Guidance"]

@@ -30,9 +30,10 @@ from meshdiff.untouched.functions import OnShards
 from meshdiff.untouched.guard import Guard, Unsafe
 from meshdiff.untouched.known import Known
 from meshdiff.untouched.pending import Pending
+from meshdiff.untouched.rank_checks import check_alike
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.report import Report
-from meshdiff.untouched.retreat import Before, agree_to_retreat, check_alike, explain
+from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
 from meshdiff.untouched.tensors import map_dtensors, to_plain
 
 __all__ = ["Parallelized", "parallelize", "replace_forward"]
