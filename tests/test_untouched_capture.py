@@ -60,6 +60,10 @@ def choice(model, tokens):
     return 2.0 if tokens.mean() > 0 else 3.0
 
 
+def nan_in_places(model, tokens):
+    return torch.where(tokens[..., :1] > 0, float("nan"), 1.0)
+
+
 def numbers(model, tokens):
     return sum(tokens[0, 0].tolist())
 
@@ -262,6 +266,8 @@ CASES = {
     "a forward": Case([change(forward_of_its_own), *MANY], told="attn_in has a forward of its own"),
     "an item": Case(MANY, item, told="item (test_untouched_capture.py:"),
     "a choice": Case(MANY, choice, told="depends on values of a tensor"),
+    "NaN in places": Case(MANY, nan_in_places, runs=4, programs=1, told="Captured"),
+    "NaN": Case(MANY, lambda model, tokens: float("nan"), told="nothing but NaN and infinities, to which no program"),
     "a list": Case(MANY, numbers, told="tolist (test_untouched_capture.py:"),
     "an array": Case(MANY, array, told="numpy (test_untouched_capture.py:"),
     "a tensor of tensors": Case(MANY, tensor_of_tensors, told="tensor (test_untouched_capture.py:"),

@@ -31,7 +31,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from meshdiff.agreement import from_every_rank, is_of_collective
 from meshdiff.untouched.calls import NotCaptured, described
-from meshdiff.untouched.compare import difference, tolerance
+from meshdiff.untouched.compare import difference, has_numbers, one_sided, tolerance
 from meshdiff.untouched.facts import Facts
 from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
 from meshdiff.untouched.tidy import tidy
@@ -215,7 +215,9 @@ class Captures:
                     program, run=program.graph, note=f"as they are, for what was made of it {reasons[0]}"
                 )
                 reason = _otherwise(kind.program, tensors, expected)
-        kind.was_tried = True
+        kind.was_tried = all(from_every_rank(has_numbers(expected), self.mesh))
+        if not kind.was_tried:
+            self._why_not = "the model returns nothing but NaN and infinities, to which no program can be compared"
         self._settle(kind, f"its program {reason}" if reason else "")
         return expected
 
@@ -254,7 +256,9 @@ def _otherwise(program: Program, tensors: list[Tensor], expected: Any) -> str:
     if structure != wanted or not all(map(_same_kind, own, leaves)):
         return "gives something of another form than the model"
     apart = difference(output, expected)
-    return "" if apart <= tolerance(expected) else f"gives something else than the model ({apart:.1e} apart)"
+    if apart <= tolerance(expected):
+        return ""
+    return one_sided(output, expected, "the model") or f"gives something else than the model ({apart:.1e} apart)"
 
 
 def _same_kind(leaf: Any, expected: Any) -> bool:
@@ -262,4 +266,4 @@ def _same_kind(leaf: Any, expected: Any) -> bool:
     if not isinstance(leaf, Tensor) or not isinstance(expected, Tensor):
         return type(leaf) is type(expected) and leaf == expected
     alike = leaf.shape == expected.shape and leaf.dtype == expected.dtype
-    return alike and (leaf.is_floating_point() or torch.equal(leaf, expected))
+    return alike and (leaf.is_floating_point() or leaf.is_complex() or torch.equal(leaf, expected))
