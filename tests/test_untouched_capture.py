@@ -247,7 +247,7 @@ CASES = {
     "numbers as arguments": Case(
         [call(i, by=float(1 + i % 2)) for i in range(14)], runs=7, programs=2, told="Captured"
     ),
-    "numbers of every call": Case([call(i, by=float(i)) for i in range(20)], told="is it given a number that changes"),
+    "numbers of every call": Case([call(i, by=float(i)) for i in range(24)], told="is it given a number that changes"),
     "other operands": Case(
         [*[call(i, other=CALLS[3]) for i in range(6)], given_a_weight, given_twice] * 2 + MANY,
         runs=4 + 4 + 2 * 2,
