@@ -246,6 +246,13 @@ def captured_traffic() -> list:
     return traffic_and_compiled()
 
 
+def captured_shapes() -> list:
+    """Of every rank: what becomes of the programs of more shapes than are kept."""
+    from test_untouched_kinds import of_many_shapes
+
+    return from_every_rank(of_many_shapes())
+
+
 def untouched_gradients() -> float:
     """The largest relative error of a gradient of a model on shards, on any rank."""
     from untouched_cases import Model, inputs

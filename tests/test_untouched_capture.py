@@ -70,6 +70,10 @@ def choice(model, tokens):
     return 2.0 if tokens.mean() > 0 else 3.0
 
 
+def nan_in_places(model, tokens):
+    return torch.where(tokens[..., :1] > 0, float("nan"), 1.0)
+
+
 def numbers(model, tokens):
     return sum(tokens[0, 0].tolist())
 
@@ -253,7 +257,7 @@ CASES = {
     "numbers as arguments": Case(
         [call(i, by=float(1 + i % 2)) for i in range(14)], runs=7, programs=2, told="Captured"
     ),
-    "numbers of every call": Case([call(i, by=float(i)) for i in range(20)], told="is it given a number that changes"),
+    "numbers of every call": Case([call(i, by=float(i)) for i in range(24)], told="is it given a number that changes"),
     "other operands": Case(
         [*[call(i, other=CALLS[3]) for i in range(6)], given_a_weight, given_twice] * 2 + MANY,
         runs=4 + 4 + 2 * 2,
@@ -272,6 +276,8 @@ CASES = {
     "a forward": Case([change(forward_of_its_own), *MANY], told="attn_in has a forward of its own"),
     "an item": Case(MANY, item, told="item (test_untouched_capture.py:"),
     "a choice": Case(MANY, choice, told="depends on values of a tensor"),
+    "NaN in places": Case(MANY, nan_in_places, runs=4, programs=1, told="Captured"),
+    "NaN": Case(MANY, lambda model, tokens: float("nan"), told="nothing but NaN and infinities, to which no program"),
     "a list": Case(MANY, numbers, told="tolist (test_untouched_capture.py:"),
     "an array": Case(MANY, array, told="numpy (test_untouched_capture.py:"),
     "a tensor of tensors": Case(MANY, tensor_of_tensors, told="tensor (test_untouched_capture.py:"),

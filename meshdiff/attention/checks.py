@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from typing import Any
@@ -16,6 +15,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
 from meshdiff.attention.problem import Problem, chunk_ranges, chunk_sizes
+from meshdiff.fingerprint import fingerprint, sha256
 from meshdiff.kept import kept_by_mesh
 from meshdiff.placements import SEQUENCE, WHOLE
 from meshdiff.simulation import is_simulated, rank_values
@@ -220,6 +220,8 @@ def _gather_objects(mesh: DeviceMesh, own: Any) -> list[Any]:
 
 
 def digest(tensor: Tensor) -> str:
-    """A short name for the values, to the bit."""
-    values = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(ctypes.string_at(values.data_ptr(), values.nbytes)).hexdigest()[:12]
+    """A short name for the values, to the bit, of a tensor of any class; see `meshdiff.fingerprint`."""
+    entries = fingerprint(tensor, sha256)
+    if len(entries) == 1:
+        return str(entries[0].value[-1])
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:12]

@@ -19,19 +19,27 @@ from meshdiff.simulation import is_simulated, rank_values
 
 __all__ = ["Aliases", "memory"]
 
+COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
 MOMENT = 0.5
 """Seconds."""
 
 
 def memory(tensor: Tensor) -> UntypedStorage:
-    """The memory of a plain tensor, or of this rank's part of a DTensor; in a simulation the first rank's."""
+    """The memory of a plain tensor, or of this rank's part of a DTensor; in a simulation the first rank's.
+
+    Of a sparse tensor that of its values; of others that torch gives no way to, new memory, which is no other's.
+    """
     local = tensor
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             local = tensor.to_local()
     local = getattr(local, "elem", local)  # what a collective that is under way will leave
     with torch._C.DisableTorchFunction():  # to ask which memory it is reads nothing that is there
-        return rank_values(local)[0].untyped_storage()
+        own = rank_values(local)[0]
+        if own.layout != torch.strided:
+            own = own._values() if own.is_sparse else own.values() if own.layout in COMPRESSED else torch.empty(0)
+        return own.untyped_storage()
 
 
 class Aliases:

@@ -24,7 +24,7 @@ def signature_of(module: nn.Module, args: Any, kwargs: Any) -> Any:
     """What decides how a call runs on a mesh: the shapes of its tensors, and the small values among the rest."""
     leaves, structure = tree_flatten((args, kwargs))
     facts = tuple(
-        (tuple(leaf.shape), leaf.dtype)
+        ((len(leaf), "nested") if leaf.is_nested else tuple(leaf.shape), leaf.dtype)
         if isinstance(leaf, Tensor)
         else str(leaf)[:50]
         if isinstance(leaf, (bool, str)) or leaf is None
@@ -53,6 +53,8 @@ def described(args: Any, kwargs: Any, device_type: str) -> tuple[Any, list[Tenso
     places: dict[int, int] = {}
     facts_of: list[Any] = []
     for leaf in leaves:
+        if type(leaf) in PLAIN and (leaf.layout != torch.strided or leaf.is_nested):
+            raise NotCaptured("it is given a tensor without strides, a sparse or nested one")
         if type(leaf) in PLAIN:
             place = places.setdefault(id(leaf), len(places))
             tensors[id(leaf)] = leaf

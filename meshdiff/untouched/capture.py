@@ -12,7 +12,8 @@ not made, changes the model, or calls hooks. It is captured the next time, and
 the program is tried in the call after that, beside the model. From then on it
 runs for calls like that one (`calls`), as long as the model is what it was
 (`facts`). All else runs without. To capture and to try takes three calls more,
-once: what these compute and send is thrown away.
+once: what these compute and send is thrown away. The programs of the kinds of
+calls that were used last are kept (`call_kinds`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from meshdiff.agreement import from_every_rank, is_of_collective
+from meshdiff.untouched.call_kinds import KINDS, CallKinds
 from meshdiff.untouched.calls import NotCaptured, described
-from meshdiff.untouched.compare import difference, tolerance
+from meshdiff.untouched.compare import difference, has_numbers, one_sided, tolerance
 from meshdiff.untouched.facts import Facts
 from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
 from meshdiff.untouched.tidy import tidy
@@ -39,8 +41,6 @@ from meshdiff.untouched.watch import note_output, watching
 
 __all__ = ["Captures", "Make"]
 
-KINDS = 16
-"""Kinds of calls of one model that are captured: where a number changes with every step, each call is another kind."""
 CHANGES = 3
 """How often a model may have changed between calls of a kind before they are no longer captured."""
 
@@ -85,6 +85,8 @@ class Kind:
     program: Program | None = None
     was_tried: bool = False
     changes: int = 0
+    runs: int = 0
+    """How often its program has run instead of the model."""
     why_not: str = ""
     """Why there will be no program."""
 
@@ -101,20 +103,27 @@ class Captures:
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh, name: str, make: Make | None) -> None:
         self.module, self.mesh, self.name, self.make = module, mesh, name, make
-        self._kinds: dict[Any, Kind] = {}
+        self._kinds = CallKinds(Kind)
         self._why_not = ""  # of the last call without a program
         self._retreats = 0
 
     @property
     def programs(self) -> list[Program]:
         """Those that run instead of the model."""
-        return [kind.program for kind in self._kinds.values() if kind.program is not None and kind.was_tried]
+        return [kind.program for kind in self._kinds if kind.program is not None and kind.was_tried]
 
     def __str__(self) -> str:
         if self.programs:
-            sizes = " and ".join(f"{program.size:,}" for program in self.programs)
-            notes = {program.note for program in self.programs if program.note}
-            return "; ".join([f"Captured: {sizes} operations a call, without the Python around them", *sorted(notes)])
+            sizes = sorted({program.size for program in self.programs})
+            size = " and ".join(f"{size:,}" for size in sizes) if len(sizes) < 4 else f"{sizes[0]:,} to {sizes[-1]:,}"
+            number = f" in {len(self.programs)} programs" if len(self.programs) > 1 else ""
+            notes = sorted({program.note for program in self.programs if program.note})
+            if self._kinds.let_go:
+                notes.append(
+                    f"of {self._kinds.let_go:,} kinds of calls the programs were let go, for {KINDS} are kept, those "
+                    f"used last; let go last: for inputs of {self._kinds.last or 'no shape'}"
+                )
+            return "; ".join([f"Captured: {size} operations a call{number}, without the Python around them", *notes])
         return f"Not captured: {self._why_not or 'it has not been called often enough'}"
 
     def call(self, run: Run, args: Any, kwargs: Any) -> Any:
@@ -130,23 +139,19 @@ class Captures:
         what = "" if kind.program is None else kind.program.facts.changed(Facts(self.module))
         if what:
             self._agree(f"{type(self.module).__name__} was changed: {what}")
-            self._kinds = {
-                key: kind if kind.program is None else Kind(changes=kind.changes + 1)
-                for key, kind in self._kinds.items()
-            }
-            kind = self._kinds[key]
+            self._kinds.replace(lambda one: one if one.program is None else Kind(changes=one.changes + 1))
+            kind = self._kinds.use(key)
         if not kind.was_watched:
             return self._watch(kind, run, args, kwargs)
         if kind.program is None:
             return self._capture(kind, run, args, kwargs, tensors)
         if not kind.was_tried:
             return self._try(kind, kind.program, run, args, kwargs, tensors)
+        kind.runs += 1
         return kind.program(tensors)
 
     def _kind(self, key: Any) -> Kind:
-        if key not in self._kinds and len(self._kinds) == KINDS:
-            raise NotCaptured(f"there are {KINDS} kinds of calls already; is it given a number that changes?")
-        kind = self._kinds.setdefault(key, Kind())
+        kind = self._kinds.use(key)
         if kind.why_not:
             raise NotCaptured(kind.why_not)
         return kind
@@ -188,6 +193,9 @@ class Captures:
             return run(args, kwargs)
         note_output(watch, outputs[0])
         if self._settle(kind, watch.found):
+            if self.make is None:
+                for node in graph.graph.nodes:
+                    node.meta.clear()  # of each result a tensor without values, which take more than all the rest
             with self._same_numbers():
                 tidy(graph, tensors, at_once=self.make is None)
             flat, returned = tree_flatten(outputs[0])
@@ -196,9 +204,15 @@ class Captures:
                 graph if self.make is None else self.make(graph),
                 returned,
                 tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
-                Facts(self.module),
+                self._facts(),
             )
         return outputs[0]
+
+    def _facts(self) -> Facts:
+        """Of the model as it is now: they are large, and those of another program are the same if nothing changed."""
+        now = Facts(self.module)
+        others = (kind.program.facts for kind in self._kinds if kind.program is not None)
+        return next((facts for facts in others if not facts.changed(now)), now)
 
     def _try(self, kind: Kind, program: Program, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """A call by the model and by its program, with other inputs than those that it was captured with."""
@@ -212,7 +226,9 @@ class Captures:
                     program, run=program.graph, note=f"as they are, for what was made of it {reasons[0]}"
                 )
                 reason = _otherwise(kind.program, tensors, expected)
-        kind.was_tried = True
+        kind.was_tried = all(from_every_rank(has_numbers(expected), self.mesh))
+        if not kind.was_tried:
+            self._why_not = "the model returns nothing but NaN and infinities, to which no program can be compared"
         self._settle(kind, f"its program {reason}" if reason else "")
         return expected
 
@@ -251,7 +267,9 @@ def _otherwise(program: Program, tensors: list[Tensor], expected: Any) -> str:
     if structure != wanted or not all(map(_same_kind, own, leaves)):
         return "gives something of another form than the model"
     apart = difference(output, expected)
-    return "" if apart <= tolerance(expected) else f"gives something else than the model ({apart:.1e} apart)"
+    if apart <= tolerance(expected):
+        return ""
+    return one_sided(output, expected, "the model") or f"gives something else than the model ({apart:.1e} apart)"
 
 
 def _same_kind(leaf: Any, expected: Any) -> bool:
@@ -259,4 +277,4 @@ def _same_kind(leaf: Any, expected: Any) -> bool:
     if not isinstance(leaf, Tensor) or not isinstance(expected, Tensor):
         return type(leaf) is type(expected) and leaf == expected
     alike = leaf.shape == expected.shape and leaf.dtype == expected.dtype
-    return alike and (leaf.is_floating_point() or torch.equal(leaf, expected))
+    return alike and (leaf.is_floating_point() or leaf.is_complex() or torch.equal(leaf, expected))

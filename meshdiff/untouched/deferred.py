@@ -32,10 +32,12 @@ class OutputForm:
 
     @staticmethod
     def of(output: Any) -> OutputForm | None:
-        """The form of an output; None if it holds something else than tensors of one device."""
+        """The form of an output; None if it holds something else than dense tensors of one device."""
         leaves, structure = tree_flatten(output)
-        devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}
-        if len(devices) != 1 or not all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves):
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        devices = {tensor.device for tensor in tensors}
+        strided = all(tensor.layout == torch.strided and not tensor.is_nested for tensor in tensors)
+        if len(devices) != 1 or not strided or not all(isinstance(leaf, Tensor) or leaf is None for leaf in leaves):
             return None
         forms = tuple(None if leaf is None else (leaf.shape, leaf.dtype) for leaf in leaves)
         return OutputForm(structure, forms, devices.pop())

@@ -2,10 +2,11 @@
 
 Everything that can be reached from its modules by attributes and containers
 is looked at, however deep: classes, numbers and words by value, weights and
-other tensors by which they are and how they lie in memory, functions by which
-they are. Of what cannot be looked into (an iterator, a generator of random
-numbers, an array, an object with slots) nobody could see a change, so a model
-that has one has no programs.
+other tensors by which they are and how they lie in memory, those that consist
+of other tensors (torchao) by these as well, functions by which they are. Of
+what cannot be looked into (an iterator, a generator of random numbers, an
+array, an object with slots) nobody could see a change, so a model that has one
+has no programs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = ["Facts"]
 HOLDERS = {*DICTS, set}
 HIDDEN = {*MEMBERS, KEY}
 """Attributes of a module that are looked at in another way, or are not the model's."""
+PLAIN = {Tensor, nn.Parameter, nn.Buffer}
 
 STEADY = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, types.MappingProxyType),
@@ -84,24 +86,32 @@ class Facts:
                 facts.pop(key, None)
         facts["its class"] = original_class(part), *map(type, own.values())
         for members in (part._parameters, part._buffers):
-            facts.update({key: self._of_tensor(weight) for key, weight in members.items() if weight is not None})
+            facts.update(
+                {key: self._of_tensor(weight, f"{name}.{key}") for key, weight in members.items() if weight is not None}
+            )
         for key, child in part._modules.items():
             facts[key] = id(child)
             if child is not None:
                 self._waiting.append((f"{name}.{key}".lstrip("."), child))
         return facts
 
-    def _of_tensor(self, tensor: Tensor) -> Any:
+    def _of_tensor(self, tensor: Tensor, name: str) -> Any:
         self._kept.append(tensor)
+        if tensor.is_nested:
+            return id(tensor)
         layout = tensor.stride() if tensor.layout == torch.strided else None
-        return id(tensor), tensor.shape, layout, tensor.dtype, tensor.device, tensor.requires_grad
+        facts = id(tensor), tensor.shape, layout, tensor.dtype, tensor.device, tensor.requires_grad
+        if type(tensor) in PLAIN or not (held := vars(tensor)) or id(tensor) in self._seen:
+            return facts
+        self._seen.add(id(tensor))  # of a class whose operations run on other tensors, which it holds
+        return *facts, tuple((key, self._fact(item, f"{name}.{key}")) for key, item in held.items())
 
     def _fact(self, value: Any, name: str) -> Any:
         kind: Any = type(value)
         if kind in SMALL:
             return kind, repr(value) if kind is float else value  # else 0.0 would be -0.0
         if isinstance(value, Tensor):
-            return self._of_tensor(value)
+            return self._of_tensor(value, name)
         if kind is Entry:
             return self._fact(value.inner, name)
         self._kept.append(value)

@@ -33,7 +33,8 @@ from meshdiff.untouched.calls import is_due, signature_of
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.deferred import OutputForm
 from meshdiff.untouched.patching import Interception, owners
-from meshdiff.untouched.retreat import check_alike, explain
+from meshdiff.untouched.rank_checks import check_alike
+from meshdiff.untouched.retreat import explain
 from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable
 from meshdiff.untouched.state import Ambient
 from meshdiff.untouched.tensors import out_of_inference

@@ -167,11 +167,11 @@ def _outline(tensor: Tensor) -> Tensor:
 
 def described(func: Any, args: Any, kwargs: Any) -> Key | None:
     """A function and what decides the shape, stride, dtype and placement of what comes of it; None if that is much."""
-    parts: list[Any] = [func, torch.get_default_dtype(), len(args)]
-    if kwargs:
-        parts += kwargs
+    parts: list[Any] = [func, torch.get_default_dtype(), len(args), *kwargs]
+    try:
         return tuple(parts) if _describe(args, parts) and _describe(kwargs.values(), parts) else None
-    return tuple(parts) if _describe(args, parts) else None
+    except RuntimeError:  # of a sparse or nested tensor, which has no strides
+        return None
 
 
 def _describe(values: Iterable[Any], parts: list[Any]) -> bool:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
-from meshdiff.agreement import from_every_rank, store
-from meshdiff.attention.checks import digest
-from meshdiff.simulation import is_simulated, rank_values
+from meshdiff.agreement import store
+from meshdiff.simulation import is_simulated
 from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable
 
-__all__ = ["Before", "agree_to_retreat", "check_alike", "explain"]
+__all__ = ["Before", "agree_to_retreat", "explain"]
 
 
 class Before:
@@ -64,48 +61,6 @@ class Before:
         except Unrestorable as lost:
             model = type(self._snapshot.module).__name__
             raise RuntimeError(f"{model} writes to {lost}: it cannot be run a second time to compare") from lost
-
-
-def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bool = True) -> None:
-    """Raise on every rank if they were given different tensors, or hold different weights; a collective.
-
-    Of the arguments all values are compared, of each weight and buffer the sum of its bits.
-
-    Args:
-        mesh: of the ranks to compare.
-        module: the model.
-        arguments: what it is called with.
-        weights: compare these as well, which takes a pass over all of them.
-
-    Raises:
-        ValueError: that names the rank, and what to do.
-    """
-    given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    of_module = (*module.parameters(), *module.buffers()) if weights else ()
-    held = [tensor.detach() for tensor in of_module if not tensor.is_meta]
-    facts = [_facts(given, digest), _facts(held, _sum_of_bits)]
-    ranks = from_every_rank(facts, mesh)
-    if is_simulated():
-        ranks = [[_facts(given, digest, rank), _facts(held, _sum_of_bits, rank)] for rank in range(mesh.size())]
-    for rank, found in enumerate(ranks):
-        for what, own, first in zip(("inputs", "weights"), found, ranks[0], strict=True):
-            if own != first:
-                raise ValueError(
-                    f"{type(module).__name__} has other {what} on rank {rank} of this mesh than on rank 0; give every "
-                    "rank the same, random numbers from the same seed: torch.manual_seed(0), or a generator of its own"
-                )
-
-
-def _facts(tensors: list[Tensor], name: Callable[[Tensor], Any], rank: int = 0) -> list[tuple[Any, ...]]:
-    values = [held[min(rank, len(held) - 1)] for held in map(rank_values, tensors)]
-    return [(tuple(value.shape), value.dtype, name(value)) for value in values]
-
-
-def _sum_of_bits(tensor: Tensor) -> int:
-    """Where the tensor is, in one pass: weights are large."""
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    return int(values.contiguous().view(integers).sum(dtype=torch.int64))
 
 
 def agree_to_retreat(mesh: DeviceMesh, name: str, kind: str, error: Exception) -> None:

@@ -67,7 +67,7 @@ class _Views(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if n.op == "call_function" and type(result) is Tensor:
+        if n.op == "call_function" and type(result) is Tensor and _is_strided(result):
             view, source = (result.shape, result.stride(), int(result.storage_offset())), _source(n)
             if source is None:
                 self.roots[n], self._dtypes[n] = view, result.dtype
@@ -77,6 +77,10 @@ class _Views(Interpreter):
                 if root is not None and as_it_is and result.dtype == self._dtypes[root]:
                     self.views[n] = root, view
         return result
+
+
+def _is_strided(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _source(node: Node) -> Node | None:

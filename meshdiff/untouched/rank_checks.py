@@ -1,0 +1,73 @@
+"""Checks that all ranks are given the same inputs and hold the same weights, before they meet in a collective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
+
+from meshdiff.agreement import from_every_rank
+from meshdiff.fingerprint import Reduce, fingerprint, sha256, sum_of_bits
+from meshdiff.simulation import is_simulated
+
+__all__ = ["check_alike"]
+
+Facts = dict[tuple[Any, ...], Any]
+
+
+def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bool = True) -> None:
+    """Raise on every rank if they were given different tensors, or hold different weights; a collective.
+
+    Of the arguments all values are compared, of each weight and buffer the sum of its bits; of those that are no
+    plain tensors what `meshdiff.fingerprint.fingerprint` names. Weights that FSDP2 shards are compared between ranks
+    that hold the same shard: no other rank could tell that one of them is wrong.
+
+    Args:
+        mesh: of the ranks to compare.
+        module: the model.
+        arguments: what it is called with.
+        weights: compare these as well, which takes a pass over all of them.
+
+    Raises:
+        ValueError: that names the rank, and what to do.
+    """
+    given = [(str(i), leaf) for i, leaf in enumerate(tree_leaves(arguments)) if isinstance(leaf, Tensor)]
+    held = [*module.named_parameters(), *module.named_buffers()] if weights else []
+
+    def facts(rank: int | None = None) -> list[Facts]:
+        return [_facts(given, sha256, rank), _facts(held, sum_of_bits, rank)]
+
+    ranks = [facts(rank) for rank in mesh.mesh.flatten().tolist()] if is_simulated() else from_every_rank(facts(), mesh)
+    for i, what in enumerate(("inputs", "weights")):
+        first: Facts = {}
+        for rank, found in enumerate(ranks):
+            where = _differing(found[i], first)
+            if where is not None:
+                name = f" ({where})" if where and what == "weights" else ""
+                raise ValueError(
+                    f"{type(module).__name__} has other {what} on rank {rank} of this mesh than on rank 0{name}; give "
+                    "every rank the same, random numbers from the same seed: torch.manual_seed(0), or a generator of "
+                    "its own"
+                )
+            first = {**found[i], **first}
+
+
+def _facts(tensors: Iterable[tuple[str, Tensor]], reduce: Reduce, rank: int | None) -> Facts:
+    facts: Facts = {}
+    for name, tensor in tensors:
+        facts.update({(name, path, part): value for path, part, value in fingerprint(tensor, reduce, rank)})
+    return facts | {(): tuple(dict.fromkeys(key[:2] for key in facts))}
+
+
+def _differing(facts: Facts, first: Facts) -> str | None:
+    """The name of a tensor that is another one than those before; None if there is none.
+
+    Of shards, only those that another rank has as well are among those before.
+    """
+    for key, value in facts.items():
+        if first.get(key, value) != value:
+            return key[0] if key else ""
+    return None
