@@ -21,7 +21,7 @@ from ranks import torchrun
 from run import main
 from safetensors.torch import load_file
 
-from meshdiff import world
+from meshdiff import liveness, world
 from meshdiff.errors import InputError
 
 SCRIPT = str(Path(__file__).parent.parent / "experiments" / "run.py")
@@ -109,12 +109,34 @@ def test_ranks_whose_launcher_is_killed_end_with_a_line_each(tmp_path):
     while len(list(out.glob(".*partial*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     del launcher
-    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [2, 2], errors
     for rank, error in enumerate(errors):
         assert error.startswith(f"lost the launcher: rank {rank} cannot reach the store at localhost:")
         assert error.count("\n") == 1
     assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("noticed_by", ["a beat", "a question"])
+def test_a_store_that_is_gone_is_no_error_of_its_own(noticed_by, monkeypatch):
+    class Gone:
+        def __getattr__(self, name):
+            raise dist.DistNetworkError("Broken pipe")
+
+    monkeypatch.setattr(liveness, "store", Gone)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    heartbeats = liveness.Heartbeats(interval=0.01 if noticed_by == "a beat" else 1)
+    heartbeats._thread.start()
+    if noticed_by == "a beat":
+        heartbeats._thread.join(timeout=10)
+    assert heartbeats.missing() is None
+    heartbeats.stop()
+    assert not heartbeats._thread.is_alive()
 
 
 def test_a_run_that_torchrun_restarts_makes_the_same_clip(tmp_path):
