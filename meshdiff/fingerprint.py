@@ -95,6 +95,15 @@ def sha256(integers: Tensor) -> str:
     return hashlib.sha256(ctypes.string_at(values.data_ptr(), values.nbytes)).hexdigest()[:12]
 
 
+def _detached(tensor: Tensor) -> list[Tensor]:
+    """The plain tensor that one of a class with `__torch_dispatch__` stands for, an output that has not run yet say."""
+    try:
+        detached = tensor.detach()
+    except (RuntimeError, NotImplementedError, TypeError):
+        return []
+    return [detached] if type(detached) in PLAIN else []
+
+
 def _is_read_directly(tensor: Tensor) -> bool:
     strided = type(tensor) in PLAIN and tensor.layout == torch.strided
     return strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
@@ -126,6 +135,8 @@ def _entries(tensor: Tensor, reduce: Reduce, rank: int | None, path: Path, part:
         yield Entry(path, part, (kind.__name__, *_outline(tensor)))
         inner = {name: getattr(tensor, name) for name in names}
         yield from _of_attributes({**inner, "": context}, reduce, rank, path, part, depth)
+    elif kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl and (plain := _detached(tensor)):
+        yield from _of_plain(plain[0], reduce, path, part)
     elif kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         yield Entry(path, part, (kind.__name__, *_outline(tensor)))
         yield from _of_attributes(vars(tensor), reduce, rank, path, part, depth)

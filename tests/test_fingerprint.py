@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from meshdiff.untouched.later import LaterTensor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from weight_kinds import KINDS, Model, Scaled
 
 from meshdiff.attention.checks import digest
 from meshdiff.fingerprint import bits, fingerprint, sha256, sum_of_bits
+from meshdiff.untouched.deferred import OutputForm
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
@@ -82,7 +82,8 @@ def test_tensors_that_are_not_written_to_any_more_and_those_that_come_later():
         made = torch.arange(3.0)
     expected = fingerprint(torch.arange(3.0), sha256)
     assert fingerprint(made, sha256) == expected
-    assert fingerprint(LaterTensor(lambda: torch.arange(3.0)), sha256) == expected
+    (deferred,) = OutputForm.of((torch.arange(3.0),)).deferred(lambda: (torch.arange(3.0),))
+    assert fingerprint(deferred, sha256) == expected
     assert fingerprint(nn.Parameter(torch.arange(3.0)), sha256) == expected
 
 
