@@ -191,9 +191,9 @@ def put_scheduler(case: Case, kind: type[SchedulerMixin], pipeline: Path) -> Non
     for part in pipeline.iterdir():
         if part.name not in ("scheduler", pipelines.INDEX):
             (folder / part.name).symlink_to(part)
-    index = json.loads((pipeline / pipelines.INDEX).read_text())
+    index = json.loads((pipeline / pipelines.INDEX).read_text(encoding="utf-8"))
     index["scheduler"] = ["diffusers", case.scheduler]
-    (folder / pipelines.INDEX).write_text(json.dumps(index))
+    (folder / pipelines.INDEX).write_text(json.dumps(index), encoding="utf-8")
     scheduler.save_pretrained(folder / "scheduler")
 
 
@@ -206,7 +206,7 @@ def on_ranks(config: Config) -> None:
     torch.set_num_threads(1)
     integration()
     mesh = init_mesh(layout, "cpu")
-    for case in json.loads(config.cases.read_text()):
+    for case in json.loads(config.cases.read_text(encoding="utf-8")):
         found = attempt(Case(**case), layout, mesh, config.start)
         if is_first_rank():
             torch.save(found, result(Case(**case), config.layout, config.start))
@@ -254,7 +254,7 @@ def one_line(error: BaseException) -> str:
 def run_cases(cases: list[Case], layout: str, start: int, root: Path) -> None:
     """Every case on a layout; ranks that die are started again with what is left."""
     while cases:
-        (root / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+        (root / "cases.json").write_text(json.dumps([asdict(case) for case in cases]), encoding="utf-8")
         flags = ["--cases", str(root / "cases.json"), "--layout", layout, "--start", str(start)]
         start_ranks(LAYOUTS[layout].world_size, __file__, flags)
         cases = [case for case in cases if not result(case, layout, start).exists()]

@@ -125,7 +125,7 @@ def _entries(tensor: Tensor, reduce: Reduce, rank: int | None, path: Path, part:
         outline = tuple(tensor.shape), tensor.dtype, sizes, tensor.device_mesh.mesh_dim_names, placements
         yield Entry(path, part, ("DTensor", *outline))
         part = (*part, _place(tensor, rank))
-        yield from _entries(tensor._local_tensor, reduce, rank, (*path, "local"), part, depth)
+        yield from _entries(tensor.to_local(), reduce, rank, (*path, "local"), part, depth)
     elif is_lazy(tensor):
         yield Entry(path, part, kind.__name__)
     elif tensor.is_nested:

@@ -97,7 +97,7 @@ class DiffusersModel:
     def __init__(self, checkpoint: str) -> None:
         self.folder = Path(checkpoint)
         try:
-            self.kind = json.loads((self.folder / INDEX).read_text())["_class_name"]
+            self.kind = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{self.folder / INDEX} cannot be read ({' '.join(str(error).split())})"
             raise InputError("--checkpoint", f"{reason}; {WHOLE}") from error
