@@ -53,7 +53,8 @@ class Parallel:
 
     def fallbacks(self) -> dict[str, str]:
         """Why every rank of `cfg` does all calls of a model, by its name; none where they are divided."""
-        return {name: guidance.fallback for name, guidance in self.guidance.items() if guidance.fallback}
+        reasons = {name: guidance.fallback or guidance.undivided for name, guidance in self.guidance.items()}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def remove(self) -> None:
         """Take the models off the mesh."""

@@ -13,12 +13,22 @@ from torch.distributed.tensor import DTensor, Replicate
 from meshdiff.placements import BRANCHES
 from meshdiff.simulation import is_simulated
 
-__all__ = ["Form", "exchange"]
+__all__ = ["Form", "exchange", "fits"]
 
 Form = tuple[torch.Size, torch.dtype]
 
 ALIGNED = 16
 """Elements that what ranks send is a multiple of, so that what is cut from it is aligned in memory."""
+
+
+def fits(own: Sequence[Tensor], forms: Sequence[Sequence[Form]], mesh: DeviceMesh) -> bool:
+    """Whether this rank's tensors are of the forms that are expected of it.
+
+    In a simulation that can only be seen where it is the same for all ranks.
+    """
+    expected = forms[0 if is_simulated() else mesh.get_local_rank()]
+    differ = is_simulated() and any(form != expected for form in forms)
+    return differ or [(tensor.shape, tensor.dtype) for tensor in own] == expected
 
 
 def exchange(

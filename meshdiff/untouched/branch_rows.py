@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map_only
 
+from meshdiff.agreement import from_every_rank
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.simulation import on_each_rank
-from meshdiff.untouched.branch_calls import Call
-from meshdiff.untouched.branch_exchange import Form
+from meshdiff.untouched.branch_calls import Call, others_can_hear
+from meshdiff.untouched.branch_exchange import Form, exchange, fits
+from meshdiff.untouched.compare import difference, tolerance
+from meshdiff.untouched.deferred import OutputForm
+from meshdiff.untouched.retreat import explain
+from meshdiff.untouched.snapshot import ModuleSnapshot
 
-__all__ = ["joined", "row_forms", "rows_of"]
+__all__ = ["joined", "row_forms", "rows_of", "try_rows"]
 
 
 def rows_of(call: Call, mesh: DeviceMesh) -> Any:
@@ -46,6 +51,44 @@ def joined(call: Call, parts: Sequence[Sequence[Tensor]], mesh: DeviceMesh) -> A
         for of_all in zip(*parts, strict=True)
     ]
     return call.form.filled(tensors)
+
+
+def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh) -> tuple[Any, str]:
+    """The output of a call as ranks make it of their rows, and why that is not right, "" if it is; a collective.
+
+    What is a batch is a guess, which may be wrong and may raise. The model is as
+    it was afterwards.
+
+    Args:
+        module: the model.
+        call: which has run.
+        expected: its output.
+        mesh: of the ranks that share the rows.
+    """
+    before, reason = ModuleSnapshot(module, copies=True), ""
+    forms, own = row_forms(call, mesh), []
+    try:
+        own = OutputForm.tensors_of(call.run_with(rows_of(call, mesh)))
+    except Exception as error:
+        if not others_can_hear(error):
+            raise
+        reason = explain(error)
+    else:
+        has_rows = all(form is None or (form[0] and form[0][0] == call.batch) for form in call.form.tensors)
+        if not has_rows or not fits(own, forms, mesh):
+            reason = "what it returns has other rows"
+    now = before.again()
+    if now is not before:
+        before.restore(now)
+    reasons, output = from_every_rank(reason, mesh), None
+    if not any(reasons):
+        parts = exchange(own, forms, mesh, call.device)
+        assert parts is not None
+        output = joined(call, parts, mesh)
+        apart = difference(output, expected)
+        off = "" if apart <= tolerance(expected) else f"it gives something else for them ({apart:.1e} apart)"
+        reasons = from_every_rank(off, mesh)
+    return output, next(filter(None, reasons), "")
 
 
 @on_each_rank

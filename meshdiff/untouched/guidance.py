@@ -27,10 +27,9 @@ from meshdiff.agreement import from_every_rank, is_first_rank
 from meshdiff.attention.checks import is_checked
 from meshdiff.simulation import is_simulated, on_each_rank
 from meshdiff.untouched.branch_calls import Call, Failure, Kind, Written, batch_of, others_can_hear
-from meshdiff.untouched.branch_exchange import Form, exchange
-from meshdiff.untouched.branch_rows import joined, row_forms, rows_of
+from meshdiff.untouched.branch_exchange import Form, exchange, fits
+from meshdiff.untouched.branch_rows import joined, row_forms, rows_of, try_rows
 from meshdiff.untouched.calls import is_due, signature_of
-from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.deferred import OutputForm
 from meshdiff.untouched.patching import Interception, owners
 from meshdiff.untouched.rank_checks import check_alike
@@ -41,6 +40,8 @@ from meshdiff.untouched.tensors import out_of_inference
 
 __all__ = ["Guidance"]
 
+PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+"""Arguments that are what they are later as well."""
 KINDS = 256
 """Kinds of calls that are known at a time."""
 CHANGES = 3
@@ -68,6 +69,8 @@ class Guidance:
         self.module, self.mesh = module, mesh
         self.fallback = ""
         """Why every rank does all calls from some time on, in their order; "" if they are divided."""
+        self.undivided = ""
+        """The same of the last call alone."""
         self._kinds: dict[Any, Kind] = {}
         self._pending: list[Call] = []
         self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
@@ -82,7 +85,8 @@ class Guidance:
 
     def _call(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = out_of_inference((args, kwargs))
-        if not self._may_divide(args, kwargs):
+        self.undivided = self._why_not(args, kwargs)
+        if self.undivided:
             self._run()
             return inner(*args, **kwargs)
         kind = self._kind(args, kwargs)
@@ -108,14 +112,17 @@ class Guidance:
         kind.calls += 1
         return kind
 
-    def _may_divide(self, args: Any, kwargs: Any) -> bool:
-        """Whether arguments can be kept for later and sent in part, nobody trains, and no cache of diffusers is on."""
+    def _why_not(self, args: Any, kwargs: Any) -> str:
+        """Why arguments cannot be kept for later and sent in part; "" if they can."""
         leaves = tree_leaves((args, kwargs))
+        if getattr(self.module, "is_cache_enabled", False):
+            return "has a cache of diffusers on"
+        for leaf in leaves:
+            if not isinstance(leaf, PLAIN):
+                return f"is given a {type(leaf).__name__}, which may hold anything"
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         training = torch.is_grad_enabled() and any(t.requires_grad for t in [*tensors, *self.module.parameters()])
-        known = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
-        plain = all(isinstance(leaf, known) for leaf in leaves)
-        return plain and not training and not getattr(self.module, "is_cache_enabled", False)
+        return "is called with gradients" if training else ""
 
     def _now(self) -> ModuleSnapshot:
         """The model as it is now."""
@@ -183,9 +190,12 @@ class Guidance:
         kind.form, kind.on_rows = form, False
         if batch_of(args, kwargs) > 1:
             call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))
-            found = self._try_rows(call, output)
-            kind.on_rows = found is not None
-            return output if found is None else found
+            found, reason = try_rows(self.module, call, output, self.mesh)
+            if reason:
+                what = f"the {call.batch} rows of a batch apart from each other ({reason})"
+                self._warn(f"does not do {what}; every rank of cfg does all of them")
+            kind.on_rows = not reason
+            return output if reason else found
         return output
 
     # A batch, each rank some of its rows.
@@ -197,44 +207,6 @@ class Guidance:
             return joined(call, parts, self.mesh)
         self._run_in_order([call], shared=True)
         return call.result()
-
-    def _try_rows(self, call: Call, expected: Any) -> Any:
-        """The output as ranks make it of their rows; None if that is not right.
-
-        What is a batch is a guess, which may be wrong and may raise.
-        """
-        before, reason = ModuleSnapshot(self.module, copies=True), ""
-        batch, forms = call.batch, row_forms(call, self.mesh)
-        own: list[Tensor] = []
-        try:
-            own = OutputForm.tensors_of(call.run_with(rows_of(call, self.mesh)))
-        except Exception as error:
-            if not others_can_hear(error):
-                raise
-            reason = explain(error)
-        else:
-            has_rows = all(form is None or (form[0] and form[0][0] == batch) for form in call.form.tensors)
-            if not has_rows or not self._fits(own, forms):
-                reason = "what it returns has other rows"
-        now = before.again()
-        if now is not before:
-            before.restore(now)
-        reasons, output = from_every_rank(reason, self.mesh), None
-        if not any(reasons):
-            parts = exchange(own, forms, self.mesh, call.device)
-            assert parts is not None
-            output = joined(call, parts, self.mesh)
-            apart = difference(output, expected)
-            off = "" if apart <= tolerance(expected) else f"it gives something else for them ({apart:.1e} apart)"
-            reasons = from_every_rank(off, self.mesh)
-        reason = next(filter(None, reasons), "")
-        if not reason:
-            return output
-        self._warn(
-            f"does not do the {batch} rows of a batch apart from each other ({reason}); every rank of cfg does all of "
-            "them"
-        )
-        return None
 
     # Calls of one row each, at once.
 
@@ -374,7 +346,7 @@ class Guidance:
                 raise
             reason = f"raised {explain(error)}"
         else:
-            if not self._fits(own, forms):
+            if not fits(own, forms, self.mesh):
                 reason = "returns other shapes than before for inputs of the same shapes"
         kept = before.changed(now) if (now := self._now()) is not before else ""
         wrote = given.was_written()
@@ -383,12 +355,6 @@ class Guidance:
         if parts is None:
             self._go_back(before, now, Failure(reason, kept, wrote))
         return parts
-
-    def _fits(self, own: list[Tensor], forms: list[list[Form]]) -> bool:
-        """Whether this rank's tensors are as they are to be; in a simulation, if that is the same for all ranks."""
-        expected = forms[0 if is_simulated() else self.mesh.get_local_rank()]
-        differ = is_simulated() and any(form != expected for form in forms)
-        return differ or [(tensor.shape, tensor.dtype) for tensor in own] == expected
 
     def _go_back(self, before: ModuleSnapshot, now: ModuleSnapshot, own: Failure) -> None:
         """After a part that could not be done: have the model as it was, on all ranks."""
