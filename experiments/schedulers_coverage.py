@@ -62,8 +62,7 @@ draws" names the pipelines in which it draws from a global generator, which `run
 another one. "Twice" compares the clips of two starts of one layout, with other states of all global generators, and
 "after another" the clips of one start, before and after one of another seed and number of steps; both are the largest
 of all layouts. The error is relative to the clip of one rank. All are in L2 norm, the largest of the pipelines;
-"equal" is equal to the bit. On two ranks of `cfg`, the first call with a doubled batch runs it whole, to find that its
-rows can be run apart as later ones are: hence most of what "after another" shows.
+"equal" is equal to the bit.
 
 diffusers {diffusers}, torch {torch}, {torchsde}
 
