@@ -63,6 +63,15 @@ def replaced_inside(mesh: DeviceMesh) -> tuple[float, str]:
     return difference(found, steps(model)), told
 
 
+def in_inference_mode(mesh: DeviceMesh) -> tuple[float, dict[str, str]]:
+    """The error of calls in inference mode, in which the weights were made as well, and what ran whole."""
+    with torch.inference_mode():
+        model = Model().requires_grad_(False)
+        expected = steps(model)
+        (parallel,) = parallelize(model, mesh["cp"]).models.values()
+        return difference(steps(model), expected), parallel.whole
+
+
 def sharded(model: Model, mesh: DeviceMesh, root: bool = True, **options: Any) -> Model:
     """By torch's FSDP2: weights are DTensors, which its hooks gather."""
     for block in model.blocks:
@@ -72,7 +81,7 @@ def sharded(model: Model, mesh: DeviceMesh, root: bool = True, **options: Any) -
 
 def gradients_of_shards(mesh: DeviceMesh) -> tuple[float, float]:
     """Errors of the output and of the gradients after two backward passes, the weights on shards over `cp`."""
-    alone, model = Model(), sharded(Model(), mesh["cp"], root=False)
+    alone, model = Model(), sharded(Model(), mesh["cp"])
     parallelize(model, mesh)
     given = torch.randn(2, 7, CHANNELS, generator=torch.Generator().manual_seed(1))
     apart = 0.0
@@ -81,8 +90,16 @@ def gradients_of_shards(mesh: DeviceMesh) -> tuple[float, float]:
         apart = max(apart, difference(found.detach(), expected.detach()))
         expected.square().sum().backward()
         found.square().sum().backward()
-    pairs = zip(model.blocks.parameters(), alone.blocks.parameters(), strict=True)
+    pairs = zip(model.parameters(), alone.parameters(), strict=True)
     return apart, max(difference(own.grad.full_tensor(), other.grad) for own, other in pairs)
+
+
+def guided_on_shards(mesh: DeviceMesh) -> float:
+    """The error of guided steps, the weights on shards over `cfg`."""
+    expected = steps(Model())
+    model = sharded(Model().requires_grad_(False), mesh["cfg"])
+    parallelize(model, mesh)
+    return difference(steps(model), expected)
 
 
 def told_of_shards(mesh: DeviceMesh, model: Model) -> str:
@@ -136,11 +153,19 @@ def test_a_tensor_that_is_replaced_inside_of_a_weight_is_seen(of_ranks):
         assert told.startswith("Captured: ")
 
 
+def test_inference_mode_is_no_reason_to_run_on_whole_tensors(of_ranks):
+    for found in of_ranks:
+        error, whole = found["in inference mode"]
+        assert error <= 1e-5
+        assert not whole
+
+
 def test_shards_of_weights_are_gathered_as_ever_and_their_gradients_divided(of_ranks):
     for found in of_ranks:
         output, gradients = found["gradients of shards"]
         assert output <= 1e-5
         assert gradients <= 1e-4
+        assert found["guided on shards"] <= 1e-5
 
 
 def test_ranks_that_hold_other_shards_are_told(of_ranks):
@@ -153,8 +178,10 @@ def test_ranks_that_hold_other_shards_are_told(of_ranks):
 def on_ranks() -> dict[Any, Any]:
     meshes = {"cp": init_mesh(Layout(cp=2), "cpu"), "cfg": init_mesh(Layout(cfg=2), "cpu")}
     found: dict[Any, Any] = {"gradients of shards": gradients_of_shards(meshes["cp"])}
+    found["in inference mode"] = in_inference_mode(meshes["cp"])
     with torch.no_grad():
         found["replaced inside"] = replaced_inside(meshes["cp"])
+        found["guided on shards"] = guided_on_shards(meshes["cfg"])
         found["other shards"] = other_shards(meshes["cp"])
         found["another value in a shard"] = another_value_in_a_shard(meshes["cfg"])
         return found | of_kinds(meshes)

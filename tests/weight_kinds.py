@@ -178,6 +178,30 @@ def replaced(make: Callable[[Tensor], Tensor]) -> Callable[[Block], None]:
     return spoil
 
 
+@kind(
+    "quantized",
+    replaced(lambda held: torch.quantize_per_tensor(held.dequantize(), 0.02, 1, torch.qint8)),
+    is_captured=False,
+)
+def quantized(weight: Tensor) -> Any:
+    return torch.quantize_per_tensor(weight, 0.01, 1, torch.qint8), lambda block, y: F.linear(
+        y, block.held.dequantize()
+    )
+
+
+@kind(
+    "quantized by channel",
+    replaced(lambda held: per_channel(held.dequantize(), torch.full((CHANNELS,), 0.02))),
+    is_captured=False,
+)
+def quantized_by_channel(weight: Tensor) -> Any:
+    return per_channel(weight, torch.full((CHANNELS,), 0.01)), lambda block, y: F.linear(y, block.held.dequantize())
+
+
+def per_channel(weight: Tensor, scales: Tensor) -> Tensor:
+    return torch.quantize_per_channel(weight, scales, torch.zeros(CHANNELS), 0, torch.qint8)
+
+
 @kind("sparse", lambda block: block.held._values()[3].add_(1))
 def sparse(weight: Tensor) -> Any:
     return (weight * (weight > 0)).to_sparse(), lambda block, y: F.linear(y, (block.held * 2).coalesce().to_dense())
@@ -186,6 +210,12 @@ def sparse(weight: Tensor) -> Any:
 @kind("sparse by rows", lambda block: block.held.values()[3].add_(1), is_captured=False)
 def sparse_by_rows(weight: Tensor) -> Any:
     return (weight * (weight > 0)).to_sparse_csr(), lambda block, y: F.linear(y, (block.held * 2).to_dense())
+
+
+@kind("nested", lambda block: block.held.unbind()[1][2, 2].add_(1), is_captured=False)
+def nested(weight: Tensor) -> Any:
+    rows = torch.nested.nested_tensor([weight[:20], weight[20:]])
+    return rows, lambda block, y: F.linear(y, torch.cat(block.held.unbind()))
 
 
 @kind("complex, as its conjugate", lambda block: block.held[4].mul_(1j))

@@ -30,6 +30,7 @@ from meshdiff.untouched.branch_calls import Call, Failure, Kind, Written, batch_
 from meshdiff.untouched.branch_exchange import Form, exchange, fits
 from meshdiff.untouched.branch_rows import joined, row_forms, rows_of, try_rows
 from meshdiff.untouched.calls import is_due, signature_of
+from meshdiff.untouched.compare import has_numbers
 from meshdiff.untouched.deferred import OutputForm
 from meshdiff.untouched.patching import Interception, owners
 from meshdiff.untouched.rank_checks import check_alike
@@ -187,6 +188,8 @@ class Guidance:
         if form is None:
             self._fall_back("does not return tensors alone")
             return output
+        if batch_of(args, kwargs) > 1 and not has_numbers(output):
+            return output  # with which nothing can be compared
         kind.form, kind.on_rows = form, False
         if batch_of(args, kwargs) > 1:
             call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))

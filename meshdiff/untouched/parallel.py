@@ -280,6 +280,9 @@ class Parallelized:
         self._running = run
         try:
             with ExitStack() as stack:
+                if torch.is_inference_mode_enabled():  # in which nothing counts writes to tensors
+                    stack.enter_context(torch.inference_mode(False))
+                    stack.enter_context(torch.no_grad())
                 stack.enter_context(implicit_replication())
                 if run.recorder is not None:
                     stack.enter_context(run.recorder)

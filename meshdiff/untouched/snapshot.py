@@ -43,6 +43,10 @@ LIBRARY = "torch"
 """Code of this package keeps nothing of a model."""
 
 
+OF_FSDP = "__composable_api_state_key"
+"""What FSDP2 keeps in the modules that it shards: it changes with every call, and is nothing of the model's own."""
+
+
 class Unrestorable(Exception):
     """Something was written to of which no copy was kept; the text is its name."""
 
@@ -79,7 +83,9 @@ class ModuleSnapshot:
             owned = {id(weight) for weight in self._weights if isinstance(weight, nn.Parameter)}
             with torch.no_grad():
                 self._copies = {
-                    key: tensor.clone() for key, (_, tensor, _) in self._tensors.items() if key not in owned
+                    key: tensor.clone()
+                    for key, (_, tensor, _) in self._tensors.items()
+                    if key not in owned and not tensor.is_quantized  # which torch clones in part only
                 }
 
     def again(self) -> ModuleSnapshot:
@@ -175,7 +181,7 @@ class ModuleSnapshot:
                 self._empty.append(value)
             elif key in MEMBERS:
                 self._contents.append((value, dict(value)))
-            elif key != KEY:
+            elif key != KEY and not key.startswith(OF_FSDP):
                 facts[key] = self._fact(value, f"{name}.{key}")
         for members in (part._parameters, part._buffers):
             for key, weight in members.items():
@@ -226,6 +232,8 @@ class ModuleSnapshot:
             return self._fact(value.inner, name)
         self._kept.append(value)
         if id(value) in self._seen or isinstance(value, (nn.Module, STEADY)):
+            return id(value)
+        if _package(kind) == LIBRARY and kind is not torch.Generator:
             return id(value)
         self._seen.add(id(value))
         if kind is types.FunctionType:

@@ -31,7 +31,7 @@ class WeightSamples:
         with outside(), torch.no_grad():
             for weight in weights:
                 tensor = rank_values(weight)[0]
-                if _is_plain(tensor) and tensor.numel() and tensor.layout == torch.strided:
+                if _is_plain(tensor) and tensor.numel():
                     first = tensor.as_strided((min(SAMPLE, tensor.numel()) if tensor.is_contiguous() else 1,), (1,))
                     kind = tensor.device, tensor.dtype
                     self._plain.append(tensor)
@@ -66,4 +66,6 @@ class WeightSamples:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and not tensor.is_meta
+    """Whether its values can be read where they lie; of quantized and nested ones that crashes."""
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+    return plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
