@@ -14,6 +14,7 @@ at some step: the model is then put back, and the calls run in their order.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from meshdiff.untouched.calls import is_due, signature_of
 from meshdiff.untouched.compare import has_numbers
 from meshdiff.untouched.deferred import OutputForm
 from meshdiff.untouched.patching import Interception, owners
-from meshdiff.untouched.rank_checks import check_alike
+from meshdiff.untouched.rank_checks import check_alike, check_inputs
 from meshdiff.untouched.retreat import explain
 from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable
 from meshdiff.untouched.state import Ambient
@@ -51,6 +52,9 @@ FAILURES = 3
 """Times that ranks may fail at their parts before calls are no longer divided."""
 GROWS = 3
 """Calls of a kind after which a model may have grown, as by a table of positions, before it is said to keep state."""
+
+
+_names = itertools.count()
 
 
 class Guidance:
@@ -76,6 +80,7 @@ class Guidance:
         self._pending: list[Call] = []
         self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
         self._changes = self._failures = 0
+        self._name, self._checks = f"guidance-{next(_names)}", itertools.count()
         self._interception = Interception(module, self._call, self) if mesh.size() > 1 else None
 
     def remove(self) -> None:
@@ -91,8 +96,10 @@ class Guidance:
             self._run()
             return inner(*args, **kwargs)
         kind = self._kind(args, kwargs)
-        if is_checked() or is_due(kind.calls):
-            check_alike(self.mesh, self.module, (args, kwargs), weights=is_checked() or kind.calls == 1)
+        if is_checked() or kind.calls == 1:
+            check_alike(self.mesh, self.module, (args, kwargs))
+        elif is_due(kind.calls):
+            check_inputs(self.mesh, self.module, (args, kwargs), f"{self._name}/{next(self._checks)}")
         if self.fallback:
             return inner(*args, **kwargs)
         if kind.form is None:

@@ -33,7 +33,7 @@ from meshdiff.untouched.guard import Guard, Unsafe
 from meshdiff.untouched.known import Known
 from meshdiff.untouched.patching import Interception, owners
 from meshdiff.untouched.pending import Pending
-from meshdiff.untouched.rank_checks import check_alike
+from meshdiff.untouched.rank_checks import check_alike, check_inputs
 from meshdiff.untouched.recorder import Recorder
 from meshdiff.untouched.report import Report
 from meshdiff.untouched.retreat import Before, agree_to_retreat, explain
@@ -127,7 +127,8 @@ class Parallelized:
         """By kind of block, arguments beside the tokens that are sharded at its entry."""
         self._found: dict[str, set[str]] = {}  # more of them, in the call that goes on
         self._learns = True
-        self._name, self._retreats = f"untouched-{next(_names)}", itertools.count()
+        self._name = f"untouched-{next(_names)}"
+        self._retreats, self._checks = itertools.count(), itertools.count()
         self._settled: set[Any] = set()
         self._calls: dict[Any, int] = {}  # of each signature
         self._report: Report | None = None
@@ -187,8 +188,10 @@ class Parallelized:
         signature = signature_of(self.module, args, kwargs)
         calls = self._calls[signature] = self._calls.get(signature, 0) + 1
         is_new = signature not in self._settled
-        if is_new or is_checked() or is_due(calls):
-            check_alike(self.mesh, self.module, (args, kwargs), weights=is_new or is_checked())
+        if is_new or is_checked():
+            check_alike(self.mesh, self.module, (args, kwargs))
+        elif is_due(calls):
+            check_inputs(self.mesh, self.module, (args, kwargs), f"{self._name}/{next(self._checks)}")
         if not is_new:
             run = functools.partial(self._call_once, inner, False)
             try:

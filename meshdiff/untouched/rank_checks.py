@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 
-from meshdiff.agreement import from_every_rank
+from meshdiff.agreement import from_every_rank, store
 from meshdiff.fingerprint import Reduce, fingerprint, sha256, sum_of_bits
 from meshdiff.simulation import is_simulated
 
-__all__ = ["check_alike"]
+__all__ = ["check_alike", "check_inputs"]
 
 Facts = dict[tuple[Any, ...], Any]
 
@@ -34,14 +36,48 @@ def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bo
     Raises:
         ValueError: that names the rank, and what to do.
     """
-    given = [(str(i), leaf) for i, leaf in enumerate(tree_leaves(arguments)) if isinstance(leaf, Tensor)]
     held = [*module.named_parameters(), *module.named_buffers()] if weights else []
 
     def facts(rank: int | None = None) -> list[Facts]:
-        return [_facts(given, sha256, rank), _facts(held, sum_of_bits, rank)]
+        return [_facts(_given(arguments), sha256, rank), _facts(held, sum_of_bits, rank)]
 
     ranks = [facts(rank) for rank in mesh.mesh.flatten().tolist()] if is_simulated() else from_every_rank(facts(), mesh)
-    for i, what in enumerate(("inputs", "weights")):
+    _compare(module, ranks)
+
+
+def check_inputs(mesh: DeviceMesh, module: nn.Module, arguments: Any, name: str) -> None:
+    """The same of the inputs alone, by way of the store that all ranks can read: no collective, which costs more.
+
+    Args:
+        mesh: of the ranks to compare.
+        module: the model.
+        arguments: what it is called with.
+        name: of this call, the same on every rank, and no other's.
+
+    Raises:
+        ValueError: as `check_alike`.
+        RuntimeError: if other ranks do not come to this call.
+    """
+    if is_simulated():
+        check_alike(mesh, module, arguments, weights=False)
+        return
+    keys = {rank: f"meshdiff/inputs/{name}/{rank}" for rank in mesh.mesh.flatten().tolist()}
+    store().set(keys[dist.get_rank()], pickle.dumps([_facts(_given(arguments), sha256, None)]).hex())
+    try:
+        store().wait(list(keys.values()))
+    except dist.DistStoreError as error:
+        raise RuntimeError(
+            f"other ranks did not come to this call of {type(module).__name__} in time; every rank is to call it alike"
+        ) from error
+    _compare(module, [pickle.loads(bytes.fromhex(store().get(key).decode())) for key in keys.values()])
+
+
+def _given(arguments: Any) -> list[tuple[str, Tensor]]:
+    return [(str(i), leaf) for i, leaf in enumerate(tree_leaves(arguments)) if isinstance(leaf, Tensor)]
+
+
+def _compare(module: nn.Module, ranks: list[list[Facts]]) -> None:
+    for i, what in enumerate(("inputs", "weights")[: len(ranks[0])]):
         first: Facts = {}
         for rank, found in enumerate(ranks):
             where = _differing(found[i], first)
