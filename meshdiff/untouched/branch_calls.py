@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from meshdiff.agreement import is_of_collective
+from meshdiff.fingerprint import fingerprint, sha256
 from meshdiff.untouched.deferred import DeferredTensor, OutputForm
-from meshdiff.untouched.snapshot import Unrestorable, version
+from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable, version
 from meshdiff.untouched.state import Ambient
 
 __all__ = ["Call", "Failure", "Kind", "Written", "batch_of", "others_can_hear"]
@@ -27,12 +29,16 @@ class Kind:
         grew: how many of them added to what the model holds.
         form: of what they return; None until one has run that left the model as it was.
         on_rows: whether ranks can do rows of the batch; None until that was tried.
+        seen: the model with which that was tried last.
+        retries: how often it was tried again, as the model had changed.
     """
 
     calls: int = 0
     grew: int = 0
     form: OutputForm | None = None
     on_rows: bool | None = None
+    seen: ModuleSnapshot | None = None
+    retries: int = 0
 
 
 @dataclass(eq=False)
@@ -51,7 +57,14 @@ class Call:
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self.own = tree_map_only(Tensor, torch.clone, self.given)  # the caller may write to its tensors
+        clones: dict[int, Tensor] = {}
+
+        def clone(tensor: Tensor) -> Tensor:
+            if id(tensor) not in clones:
+                clones[id(tensor)] = tensor.clone()
+            return clones[id(tensor)]
+
+        self.own = tree_map_only(Tensor, clone, self.given)  # the caller may write to its tensors
         self.versions = self._versions()
 
     def _versions(self) -> list[int]:
@@ -134,17 +147,28 @@ class Call:
 
 
 class Written:
-    """Whether tensors are written to; by their values where torch does not count, which is in inference mode."""
+    """Whether tensors, and the lists and dicts that they are in, are written to.
 
-    def __init__(self, values: Any) -> None:
-        self._tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-        self._before = [tensor.clone() if tensor.is_inference() else version(tensor) for tensor in self._tensors]
+    Args:
+        values: any structure of tensors.
+        by_value: look at values as well, as writes to `tensor.data` are not counted.
+    """
+
+    def __init__(self, values: Any, by_value: bool = False) -> None:
+        self._by_value = by_value
+        self._values = values
+        self._leaves, self._structure = tree_flatten(values)
+        self._tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self._versions = self._now()
+
+    def _now(self) -> list[Any]:
+        read = [fingerprint(tensor, sha256) for tensor in self._tensors] if self._by_value else []
+        return [[version(tensor) for tensor in self._tensors], read]
 
     def was_written(self) -> bool:
-        return any(
-            not torch.equal(before, tensor) if isinstance(before, Tensor) else before != version(tensor)
-            for before, tensor in zip(self._before, self._tensors, strict=True)
-        )
+        leaves, structure = tree_flatten(self._values)
+        same = structure == self._structure and all(map(operator.is_, leaves, self._leaves))
+        return not same or self._versions != self._now()
 
 
 def batch_of(args: Any, kwargs: Any) -> int:

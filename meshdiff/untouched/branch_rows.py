@@ -53,7 +53,7 @@ def joined(call: Call, parts: Sequence[Sequence[Tensor]], mesh: DeviceMesh) -> A
     return call.form.filled(tensors)
 
 
-def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh) -> tuple[Any, str]:
+def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh, number: int) -> tuple[Any, str]:
     """The output of a call as ranks make it of their rows, and why that is not right, "" if it is; a collective.
 
     What is a batch is a guess, which may be wrong and may raise. The model is as
@@ -64,6 +64,7 @@ def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh) -> 
         call: which has run.
         expected: its output.
         mesh: of the ranks that share the rows.
+        number: of the call.
     """
     before, reason = ModuleSnapshot(module, copies=True), ""
     forms, own = row_forms(call, mesh), []
@@ -82,7 +83,7 @@ def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh) -> 
         before.restore(now)
     reasons, output = from_every_rank(reason, mesh), None
     if not any(reasons):
-        parts = exchange(own, forms, mesh, call.device)
+        parts = exchange(own, forms, mesh, call.device, number)
         assert parts is not None
         output = joined(call, parts, mesh)
         apart = difference(output, expected)

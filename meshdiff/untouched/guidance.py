@@ -36,7 +36,7 @@ from meshdiff.untouched.deferred import OutputForm
 from meshdiff.untouched.patching import Interception, owners
 from meshdiff.untouched.rank_checks import check_alike, check_inputs
 from meshdiff.untouched.retreat import explain
-from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable
+from meshdiff.untouched.snapshot import RANDOM, ModuleSnapshot, Unrestorable
 from meshdiff.untouched.state import Ambient
 from meshdiff.untouched.tensors import out_of_inference
 
@@ -50,6 +50,8 @@ CHANGES = 3
 """Times that the model may be changed between the calls of a step before these are no longer deferred."""
 FAILURES = 3
 """Times that ranks may fail at their parts before calls are no longer divided."""
+RETRIES = 8
+"""Times that rows are tried again, as the model has changed."""
 GROWS = 3
 """Calls of a kind after which a model may have grown, as by a table of positions, before it is said to keep state."""
 
@@ -79,7 +81,7 @@ class Guidance:
         self._kinds: dict[Any, Kind] = {}
         self._pending: list[Call] = []
         self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
-        self._changes = self._failures = 0
+        self._changes = self._failures = self._number = 0
         self._name, self._checks = f"guidance-{next(_names)}", itertools.count()
         self._interception = Interception(module, self._call, self) if mesh.size() > 1 else None
 
@@ -96,13 +98,14 @@ class Guidance:
             self._run()
             return inner(*args, **kwargs)
         kind = self._kind(args, kwargs)
+        self._number += 1
         if is_checked() or kind.calls == 1:
             check_alike(self.mesh, self.module, (args, kwargs))
         elif is_due(kind.calls):
             check_inputs(self.mesh, self.module, (args, kwargs), f"{self._name}/{next(self._checks)}")
         if self.fallback:
             return inner(*args, **kwargs)
-        if kind.form is None:
+        if kind.form is None or (kind.on_rows and self._has_changed(kind)):
             self._run()
             return self._try(kind, inner, args, kwargs)
         call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))
@@ -119,6 +122,18 @@ class Guidance:
             del self._kinds[next(iter(self._kinds))]
         kind.calls += 1
         return kind
+
+    def _has_changed(self, kind: Kind) -> bool:
+        """Whether the model is another one than that whose rows were seen to be apart from each other."""
+        now = self._now()
+        what = "" if kind.seen is None else kind.seen.changed(now)
+        kind.seen = now
+        if not what or what.startswith(RANDOM):
+            return False
+        kind.retries += 1
+        if kind.retries == RETRIES:
+            self._fall_back(f"is changed from step to step ({what})")
+        return True
 
     def _why_not(self, args: Any, kwargs: Any) -> str:
         """Why arguments cannot be kept for later and sent in part; "" if they can."""
@@ -150,7 +165,7 @@ class Guidance:
     # The first calls of a kind, on all ranks in their order.
 
     def _try(self, kind: Kind, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before, given = self._now(), Written((args, kwargs))
+        before, given = self._now(), Written((args, kwargs), by_value=True)
         output, error = None, None
         try:
             output = inner(*args, **kwargs)
@@ -200,11 +215,11 @@ class Guidance:
         kind.form, kind.on_rows = form, False
         if batch_of(args, kwargs) > 1:
             call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))
-            found, reason = try_rows(self.module, call, output, self.mesh)
+            found, reason = try_rows(self.module, call, output, self.mesh, self._number)
             if reason:
                 what = f"the {call.batch} rows of a batch apart from each other ({reason})"
                 self._warn(f"does not do {what}; every rank of cfg does all of them")
-            kind.on_rows = not reason
+            kind.on_rows, kind.seen = not reason, self._now()
             return output if reason else found
         return output
 
@@ -361,7 +376,7 @@ class Guidance:
         kept = before.changed(now) if (now := self._now()) is not before else ""
         wrote = given.was_written()
         failed = bool(reason or kept or wrote)
-        parts = exchange(None if failed else own, forms, self.mesh, call.device)
+        parts = exchange(None if failed else own, forms, self.mesh, call.device, self._number)
         if parts is None:
             self._go_back(before, now, Failure(reason, kept, wrote))
         return parts

@@ -144,9 +144,9 @@ class Parallelized:
             for name, block in self.blocks.items():
                 if block is not module:
                     self._interceptions.append(Interception(block, functools.partial(self._call_block, name), self))
-            self._interceptions.append(Interception(module, self._call, self))
+            self._interceptions.append(Interception(module, self._call, self, innermost=True))
         elif self._captures is not None:
-            self._interceptions.append(Interception(module, self._call_alone, self))
+            self._interceptions.append(Interception(module, self._call_alone, self, innermost=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)

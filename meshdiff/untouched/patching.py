@@ -39,14 +39,17 @@ class Interception:
         module: any module.
         around: given the forward that was called, and its args and kwargs, returns the output.
         owner: what the interception is part of, see `owners`.
+        innermost: inside of those that are there already.
     """
 
-    def __init__(self, module: nn.Module, around: Around, owner: object = None) -> None:
+    def __init__(self, module: nn.Module, around: Around, owner: object = None, innermost: bool = False) -> None:
         self.module, self.around, self.owner = module, around, owner
         if KEY not in vars(module):
+            intercepted = _intercepted(type(module))  # type: ignore[arg-type]
             vars(module)[KEY] = _Chain()
-            object.__setattr__(module, "__class__", _intercepted(type(module)))  # type: ignore[arg-type]
-        vars(module)[KEY].members.append(self)
+            object.__setattr__(module, "__class__", intercepted)
+        members = vars(module)[KEY].members
+        members.insert(0 if innermost else len(members), self)
 
     def remove(self) -> None:
         """Calls no longer go by way of `around`; forwards that others have put there stay."""
@@ -72,12 +75,16 @@ class _Chain:
         self.depth = 0
         self._entry: tuple[Any, Entry] | None = None
 
+    def __reduce__(self) -> Any:
+        return _Chain, ()  # a copy is not intercepted, however it was made
+
     def entry(self, module: nn.Module, base: type) -> Entry:
         """The `Entry` to what is the module's forward now, which is read at every call."""
         own = vars(module).get("forward")
         key = base.forward if own is None else own  # type: ignore[attr-defined]
         if self._entry is None or self._entry[0] is not key:
-            self._entry = key, Entry(module, key.__get__(module) if own is None else own)
+            inner = getattr(super(type(module), module), "forward") if own is None else own  # noqa: B009
+            self._entry = key, Entry(module, inner)
         return self._entry[1]
 
 
@@ -95,12 +102,17 @@ class Entry:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         chain = vars(self.module).get(KEY)
-        if chain is None or chain.depth:
+        if chain is None or chain.depth or not chain.members:
             return self.inner(*args, **kwargs)
         call = partial(_inside, chain, self.inner)
         for member in chain.members[:-1]:
             call = partial(_around, member.around, call)
         return uncompiled(chain.members[-1].around, call, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # of one that is being made
+            raise AttributeError(name)
+        return getattr(self.inner, name)  # `__func__` of a method, say
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.inner, memo)
@@ -134,6 +146,8 @@ class _Forward:
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
         if module is None:
             return self.base.forward  # type: ignore[attr-defined]
+        if KEY not in vars(module):  # made of the subclass by somebody who asked for type(module)
+            return vars(module).get("forward") or self.base.forward.__get__(module)  # type: ignore[attr-defined]
         return vars(module)[KEY].entry(module, self.base)
 
     def __set__(self, module: nn.Module, value: Any) -> None:
@@ -195,10 +209,15 @@ def _delete_on_base(cls: Any, name: str) -> None:
     delattr(cls._meshdiff_base, name)
 
 
+def _make_base(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    return cls._meshdiff_base(*args, **kwargs)
+
+
 @lru_cache(maxsize=1024)
 def _intercepted(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a class whose instances are intercepted, by the same name; to patch it is to patch the class."""
-    meta: Any = type("meta", (type(base),), {"__setattr__": _set_on_base, "__delattr__": _delete_on_base})
+    methods = {"__setattr__": _set_on_base, "__delattr__": _delete_on_base, "__call__": _make_base}
+    meta: Any = type("meta", (type(base),), methods)
     members = {
         "forward": _Forward(base),
         "compile": _compile,
@@ -209,4 +228,7 @@ def _intercepted(base: type[nn.Module]) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "_meshdiff_base": base,
     }
-    return meta(base.__name__, (base,), members)
+    try:
+        return meta(base.__name__, (base,), members)
+    except Exception as error:
+        raise ValueError(f"{base.__name__} cannot be put on a mesh: it allows no subclass ({error})") from error

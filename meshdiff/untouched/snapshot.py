@@ -14,7 +14,9 @@ only a global holds, of files and clocks.
 
 from __future__ import annotations
 
+import copy
 import operator
+import random
 import types
 from collections import OrderedDict, deque
 from functools import lru_cache, partial
@@ -24,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from meshdiff.fingerprint import fingerprint, sha256
+from meshdiff.simulation import holds_all_ranks
 from meshdiff.untouched.patching import KEY, Entry, original_class
 from meshdiff.untouched.weight_samples import WeightSamples
 
-__all__ = ["DICTS", "MEMBERS", "OF_CALLS", "SMALL", "ModuleSnapshot", "Unrestorable", "version"]
+__all__ = ["DICTS", "MEMBERS", "OF_CALLS", "RANDOM", "SMALL", "ModuleSnapshot", "Unrestorable", "version"]
 
 SMALL = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 DICTS = frozenset({dict, OrderedDict})
@@ -43,6 +47,7 @@ LIBRARY = "torch"
 """Code of this package keeps nothing of a model."""
 
 
+RANDOM = "random numbers"
 OF_FSDP = "__composable_api_state_key"
 """What FSDP2 keeps in the modules that it shards: it changes with every call, and is nothing of the model's own."""
 
@@ -67,13 +72,15 @@ class ModuleSnapshot:
         self._seen: set[int] = set()
         self._empty: list[Any] = []
         self._long: list[tuple[Any, int]] = []
-        self._generators: list[tuple[torch.Generator, bytes]] = []
+        self._generators: list[tuple[torch.Generator, Any]] = []
+        self._random: list[tuple[Any, Any]] = []
         self._contents: list[tuple[Any, Any]] = []
         """What can be put back: dicts, lists, sets, cells and classes, and what is in them."""
         self._tensors: dict[int, tuple[str, Tensor, int]] = {}
         """Name, tensor and version."""
         self._weights: list[Tensor] = []
         self._parts = self._of_modules(module)
+        self._note_random()
         for tensor in tree_leaves(arguments):
             if isinstance(tensor, Tensor):
                 self._of_tensor(tensor, "its inputs")
@@ -95,10 +102,20 @@ class ModuleSnapshot:
             and all(_holds(holder, content) for holder, content in self._contents)
             and all(len(items) == length for items, length in self._long)
             and all(version(tensor) == before for _, tensor, before in self._tensors.values())
-            and all(_state_of(generator) == state for generator, state in self._generators)
             and self._samples.still()
         )
-        return self if same else ModuleSnapshot(self.module, self.arguments)
+        if not same or any(_state_of(generator) != state for generator, state in self._generators):
+            return ModuleSnapshot(self.module, self.arguments)
+        if all(_state_of(source) == state for source, state in self._random):
+            return self
+        now = copy.copy(self)  # random numbers were drawn, as many schedulers do between steps
+        now._note_random()
+        return now
+
+    def _note_random(self) -> None:
+        """The state of the generators that everything draws from by default."""
+        self._random = [(source, _state_of(source)) for source in _sources()]
+        self._parts = {**self._parts, RANDOM: {str(i): state for i, (_, state) in enumerate(self._random)}}
 
     def changed(self, now: ModuleSnapshot) -> str:
         """The name of something that is another one in `now`; "" if there is nothing."""
@@ -128,11 +145,14 @@ class ModuleSnapshot:
                 _put_back(holder, content)
         for holder in self._empty:
             holder.clear()
-        for key, copy in self._copies.items():
+        for source, state in (*self._generators, *self._random):
+            if _state_of(source) != state:
+                _set_state(source, state)
+        for key, values in self._copies.items():
             _, tensor, before = self._tensors[key]
             if tensor.is_inference() or version(tensor) != before:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.detach().copy_(copy)
+                    tensor.detach().copy_(values)
 
     def _written(self, now: ModuleSnapshot, without: Any = ()) -> str:
         """The name of a tensor that was written to, other than those."""
@@ -225,6 +245,7 @@ class ModuleSnapshot:
         if kind in SMALL:
             return value
         if isinstance(value, Tensor):
+            self._weights.append(value)
             return self._of_tensor(value, name)
         if isinstance(value, CONTAINERS):
             return self._of_container(value, name)
@@ -317,8 +338,23 @@ def _put_back(holder: Any, content: Any) -> None:
         (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
 
 
-def _state_of(generator: torch.Generator) -> bytes:
-    return generator.get_state().numpy().tobytes()
+def _sources() -> list[Any]:
+    """Generators that are everybody's: of the CPU, of this rank's GPU, and Python's own."""
+    if holds_all_ranks():  # a simulation has states of its own for each rank
+        return []
+    on_gpu = [torch.cuda.default_generators[torch.cuda.current_device()]] if torch.cuda.is_initialized() else []
+    return [torch.default_generator, *on_gpu, random]
+
+
+def _state_of(source: Any) -> Any:
+    return source.get_state().numpy().tobytes() if isinstance(source, torch.Generator) else source.getstate()
+
+
+def _set_state(source: Any, state: Any) -> None:
+    if isinstance(source, torch.Generator):
+        source.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    else:
+        source.setstate(state)
 
 
 def _grew(own: Any, now: Any) -> bool:
@@ -381,7 +417,7 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
 
 
 def version(tensor: Tensor) -> int:
-    """How often it has been written to; 0 where nothing keeps count, as in inference mode."""
-    if tensor.is_inference():
-        return 0
-    return tensor._version
+    """A count of the writes to it; of what was made in inference mode, where nothing counts, a digest of the values."""
+    if not tensor.is_inference():
+        return tensor._version
+    return 0 if isinstance(tensor, nn.Parameter) else hash(tuple(fingerprint(tensor, sha256)))

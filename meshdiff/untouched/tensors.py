@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meshdiff.placements import WHOLE
 from meshdiff.shards import to_shard, wrap
@@ -42,8 +42,10 @@ def out_of_inference(value: Any) -> Any:
 
     In inference mode itself they stay as they are, since what is made there is like them.
     """
-    if torch.is_inference_mode_enabled():
-        return value
+    if torch.is_inference_mode_enabled() or not any(
+        isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves(value)
+    ):
+        return value  # itself: the model may add to a list or dict of its caller's
     return map_tensors(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
 
 

@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshdiff.untouched.aliases import memory
+from meshdiff.untouched.branch_calls import Written
 from meshdiff.untouched.calls import PLAIN
 from meshdiff.untouched.facts import Facts
 from meshdiff.untouched.guard import kind_of
 from meshdiff.untouched.patching import original_class
 from meshdiff.untouched.recorder import calling_line
-from meshdiff.untouched.snapshot import SMALL, ModuleSnapshot, version
+from meshdiff.untouched.snapshot import SMALL, ModuleSnapshot
 
 __all__ = ["Watch", "note_output", "watching"]
 
@@ -55,12 +56,11 @@ def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
     unseen = Facts(module).unseen
     if unseen:
         watch.note(f"it has {unseen}, of which a change could not be seen")
-    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    versions = [version(tensor) for tensor in tensors]
+    given = Written(arguments, by_value=True)
     _note_hidden(watch, module)
     with _Functions(watch), _Operations(watch):
         yield watch
-    if versions != [version(tensor) for tensor in tensors]:
+    if given.was_written():
         watch.note("it writes to what it is given")
     what = before.changed(before.again())
     if what:
