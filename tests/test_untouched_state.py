@@ -285,6 +285,70 @@ class OneRankRaises(Plain):
         return (hidden_states * 2,)
 
 
+class Appends(Plain):
+    """To a list of its caller."""
+
+    def forward(self, hidden_states, cache):
+        cache.append(hidden_states.mean())
+        return (hidden_states + sum(cache),)
+
+
+class Draws(Plain):
+    """From the generator that everything draws from."""
+
+    def forward(self, hidden_states):
+        return (hidden_states + torch.rand(()),)
+
+
+class Twice(Plain):
+    """Is given one tensor under two names."""
+
+    def forward(self, hidden_states, other):
+        return (hidden_states * (3 if other is hidden_states else 2),)
+
+
+def appended(model: nn.Module) -> Tensor:
+    cache: list[Tensor] = []
+    outputs = [model(hidden_states=x[:1], cache=cache)[0] + 0 for _ in range(3) for x in X]
+    return torch.stack([*outputs, torch.full_like(outputs[0], len(cache))])
+
+
+def drawn(model: nn.Module) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return clip(model, 1)
+
+
+def given_twice(model: nn.Module) -> Tensor:
+    return torch.stack([model(hidden_states=x[:1], other=x[:1])[0] + 0 for _ in range(3) for x in X])
+
+
+def given_one_twice(model: nn.Module) -> Tensor:
+    rows = [x[:1] for x in X]
+    return torch.stack([sum(model(hidden_states=row, other=row)[0] for row in rows) for _ in range(3)])
+
+
+OTHERS: list[tuple[type[Plain], Callable[[nn.Module], Tensor]]] = [
+    (Appends, appended),
+    (Draws, drawn),
+    (Twice, given_twice),
+    (Twice, given_one_twice),
+]
+
+
+def used_by_one_rank(model: nn.Module) -> str:
+    """Rank 0 alone reads an output between the calls of a step, once."""
+    try:
+        for step in range(STEPS):
+            first = model(hidden_states=X[0][:1])[0]
+            if step == 3 and dist.get_rank() == 0:
+                float(first.mean())
+            first + model(hidden_states=X[1][:1])[0]
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 GUESSES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "chunks": (Chunks, {"hidden_states": torch.arange(60.0).view(3, 5, 4)}),
     "lists": (Lists, {"images": [torch.ones(4, 3, 2), torch.ones(4, 2, 2) * 2], "embedding": torch.arange(4.0)}),
@@ -315,6 +379,15 @@ def on_ranks() -> dict[str, Any]:
     found: dict[str, Any] = {kind.__name__: clips(kind, dist.get_world_size()) for kind in STATEFUL}
     found |= {kind.__name__: streams(kind) for kind in WRITERS}
     found |= {name: guessed(name) for name in GUESSES}
+    for kind, use in OTHERS:
+        model = kind()
+        Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[use.__name__] = use(model)
+    model = Plain()
+    Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
+    found["used"] = used_by_one_rank(model)
     model = OneRankRaises()
     Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
     for batch in (1, 2):
@@ -338,6 +411,10 @@ def test_real_ranks_are_right_as_well(tmp_path):
                 assert all(torch.equal(video, stream(kind(), batch)) for batch, video in videos)
             for name in GUESSES:
                 assert all(map(torch.equal, found[name], guess(name, make(name))))
+        with torch.no_grad():
+            for kind, use in OTHERS:
+                assert torch.equal(found[use.__name__], use(kind())), use.__name__
+        assert found["used"].startswith("ranks of cfg do not call the model alike: one of them used an output")
         alone = "OneRankRaises raised on rank 1 of this mesh and not on all: broken on purpose"
         for batch in (1, 2):
             assert found[f"raises {batch}"] == ("broken on purpose" if rank == 1 else alone)

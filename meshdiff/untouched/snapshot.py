@@ -79,6 +79,8 @@ class ModuleSnapshot:
         self._tensors: dict[int, tuple[str, Tensor, int]] = {}
         """Name, tensor and version."""
         self._weights: list[Tensor] = []
+        self._functions: dict[types.FunctionType, None] = {}
+        self._classes: dict[type, None] = {}
         self._parts = self._of_modules(module)
         self._note_random()
         for tensor in tree_leaves(arguments):
@@ -172,20 +174,19 @@ class ModuleSnapshot:
     def _of_modules(self, module: nn.Module) -> dict[str, dict[Any, Any]]:
         parts: dict[str, dict[Any, Any]] = {}
         waiting, seen = [("", module)], set()
-        classes: dict[type, None] = {}
         while waiting:
             name, part = waiting.pop()
             if part in seen:
                 continue
             seen.add(part)
-            classes[original_class(part)] = None
+            self._classes[original_class(part)] = None
             parts[name] = self._of_module(name, part)
             if part._modules:
                 waiting += [(f"{name}.{key}", child) for key, child in part._modules.items() if child is not None]
         for key in (*OF_CALLS, KEY):
             parts[""].pop(key, None)
         self._kept += seen
-        for place, own in self._of_code(classes).items():
+        for place, own in self._of_code().items():
             parts[place] = own
         return parts
 
@@ -212,10 +213,11 @@ class ModuleSnapshot:
             facts[key] = id(child)
         return facts
 
-    def _of_code(self, classes: Any) -> dict[str, dict[Any, Any]]:
-        """What the forwards of classes name in their globals, and the attributes of classes."""
+    def _of_code(self) -> dict[str, dict[Any, Any]]:
+        """What forwards, hooks and processors name in their globals, and the attributes of classes and functions."""
         facts: dict[str, dict[Any, Any]] = {}
-        for cls in classes:
+        functions = dict(self._functions)
+        for cls in list(self._classes):
             for base in cls.__mro__:
                 if _package(base) != LIBRARY and base is not object:
                     names = [key for key, value in vars(base).items() if _is_state(key, value, _package(base))]
@@ -224,13 +226,20 @@ class ModuleSnapshot:
                         facts[f"class {base.__qualname__}"] = {
                             key: self._fact(vars(base)[key], f"{base.__qualname__}.{key}") for key in names
                         }
-            for function in _functions_of(cls, cls.forward):
-                space, package = function.__globals__, _package(function)
-                own = facts.setdefault(f"module {function.__module__}", {})
-                for key in _names(function.__code__):
-                    if key not in own and key in space and _is_state(key, space[key], package):
-                        self._contents.append((_Globals(space), {key: space[key]}))
-                        own[key] = self._fact(space[key], f"{function.__module__}.{key}")
+            entry = _static(cls, "forward") or _static(cls, "__call__")
+            functions |= dict.fromkeys(_functions_of(cls, entry))
+        for first in list(self._functions):
+            functions |= dict.fromkeys(_functions_of(object, first))
+        for function in functions:
+            space, package = function.__globals__, _package(function)
+            own = facts.setdefault(f"module {function.__module__}", {})
+            for key in _names(function.__code__):
+                if key not in own and key in space and _is_state(key, space[key], package):
+                    self._contents.append((_Globals(space), {key: space[key]}))
+                    own[key] = self._fact(space[key], f"{function.__module__}.{key}")
+            if function.__dict__ or function.__defaults__ or function.__kwdefaults__:
+                held = function.__dict__, function.__defaults__, function.__kwdefaults__
+                own[function.__qualname__] = self._fact(held, function.__qualname__)
         return facts
 
     def _of_tensor(self, tensor: Tensor, name: str) -> Any:
@@ -258,6 +267,7 @@ class ModuleSnapshot:
             return id(value)
         self._seen.add(id(value))
         if kind is types.FunctionType:
+            self._functions[value] = None
             return id(value), self._of_function(value, name)
         if kind is types.MethodType:  # a new one each time that it is read
             return self._fact(value.__self__, name), self._fact(value.__func__, name)
@@ -269,6 +279,7 @@ class ModuleSnapshot:
         inner = getattr(value, "__dict__", None)
         if type(inner) is not dict:
             return id(value)
+        self._classes[kind] = None
         if not inner:
             self._empty.append(inner)
         return id(value), self._of_container(inner, name)
@@ -282,7 +293,7 @@ class ModuleSnapshot:
                 continue
             self._contents.append((cell, content))
             cells.append(self._fact(content, name))
-        return cells, self._fact(function.__dict__, name) if function.__dict__ else None
+        return cells
 
     def _of_container(self, items: Any, name: str) -> Any:
         if len(items) > LONGEST:
