@@ -36,7 +36,7 @@ from meshdiff.untouched.deferred import OutputForm
 from meshdiff.untouched.patching import Interception, owners
 from meshdiff.untouched.rank_checks import check_alike, check_inputs
 from meshdiff.untouched.retreat import explain
-from meshdiff.untouched.snapshot import RANDOM, ModuleSnapshot, Unrestorable
+from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable
 from meshdiff.untouched.state import Ambient
 from meshdiff.untouched.tensors import out_of_inference
 
@@ -126,9 +126,9 @@ class Guidance:
     def _has_changed(self, kind: Kind) -> bool:
         """Whether the model is another one than that whose rows were seen to be apart from each other."""
         now = self._now()
-        what = "" if kind.seen is None else kind.seen.changed(now)
+        what = "" if kind.seen is None else kind.seen.changed(now, drawn=False)
         kind.seen = now
-        if not what or what.startswith(RANDOM):
+        if not what:
             return False
         kind.retries += 1
         if kind.retries == RETRIES:

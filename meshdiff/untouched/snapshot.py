@@ -119,12 +119,13 @@ class ModuleSnapshot:
         self._random = [(source, _state_of(source)) for source in _sources()]
         self._parts = {**self._parts, RANDOM: {str(i): state for i, (_, state) in enumerate(self._random)}}
 
-    def changed(self, now: ModuleSnapshot) -> str:
-        """The name of something that is another one in `now`; "" if there is nothing."""
+    def changed(self, now: ModuleSnapshot, drawn: bool = True) -> str:
+        """The name of something that is another one in `now`, if `drawn` the default generators; "" if nothing is."""
         if now is self:
             return ""
-        if self._parts != now._parts:
-            return self._differing(now)
+        differing = self._differing(now, None if drawn else RANDOM) if self._parts != now._parts else ""
+        if differing:
+            return differing
         return self._written(now) or ("" if self._samples.agrees(now._samples) else "values of weights")
 
     def only_grew(self, now: ModuleSnapshot) -> bool:
@@ -163,13 +164,13 @@ class ModuleSnapshot:
                 return name
         return ""
 
-    def _differing(self, now: ModuleSnapshot) -> str:
+    def _differing(self, now: ModuleSnapshot, without: str | None) -> str:
         for name in [*self._parts, *now._parts]:
             own, other = self._parts.get(name, {}), now._parts.get(name, {})
             for key in [*own, *other]:
-                if own.get(key, ...) != other.get(key, ...):
+                if own.get(key, ...) != other.get(key, ...) and name != without:
                     return f"{name}.{key}".lstrip(".")
-        return "its submodules"
+        return ""
 
     def _of_modules(self, module: nn.Module) -> dict[str, dict[Any, Any]]:
         parts: dict[str, dict[Any, Any]] = {}

@@ -62,7 +62,7 @@ def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
         yield watch
     if given.was_written():
         watch.note("it writes to what it is given")
-    what = before.changed(before.again())
+    what = before.changed(before.again(), drawn=False)
     if what:
         watch.note(f"it changes {what}")
 
