@@ -263,7 +263,7 @@ def run_cases(cases: list[Case], layout: str, start: int, root: Path) -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """What came of a scheduler in all pipelines that it fits."""
+    """The results of a scheduler in all pipelines that it fits."""
 
     name: str
     pipelines: list[str]

@@ -14,7 +14,7 @@ class InputError(Exception):
     """
 
     everywhere = False
-    """Whether every rank raises it, so that the first rank can print it for all."""
+    """True if every rank raises it, so that the first rank can print it for all."""
 
     def __init__(self, source: str, problem: str) -> None:
         super().__init__(f"{source}: {problem}")

@@ -1,4 +1,4 @@
-"""How a rank ends when something went wrong: one line for a person, and the same for torchrun's report."""
+"""The end of a rank when something went wrong: one line for a person, and the same for torchrun's report."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ COMPRESSED = {
     **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
 }
 DEPTH = 4
-"""How deep in the attributes of a tensor other tensors are found."""
+"""Levels of attributes of a tensor in which other tensors are found."""
 
 Path = tuple[str, ...]
 Part = tuple[Any, ...]
@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
 
 def fingerprint(tensor: Tensor, reduce: Reduce, rank: int | None = None) -> list[Entry]:
-    """What ranks that hold the same tensor agree on.
+    """The facts that ranks which hold the same tensor agree on.
 
     - A plain tensor: shape, dtype and all bits, in any dtype; of a sparse, nested or quantized one the plain tensors
       that it consists of, its scales and zero points included. Strides do not count.
@@ -222,7 +222,7 @@ def _of_attributes(
 
 
 def _of_value(value: Any, reduce: Reduce, rank: int | None, path: Path, part: Part, depth: int) -> Iterator[Entry]:
-    """What counts about an attribute of a tensor: not on which device it is, nor which object."""
+    """The facts about an attribute of a tensor: not on which device it is, nor which object."""
     if isinstance(value, Tensor):
         if depth:
             yield from _entries(value, reduce, rank, path, part, depth - 1)
@@ -250,7 +250,7 @@ def _of_value(value: Any, reduce: Reduce, rank: int | None, path: Path, part: Pa
 
 
 def _read(values: Callable[[], Tensor], reduce: Reduce) -> tuple[Any, ...]:
-    """What `reduce` makes of the values; nothing if torch has no way to read them, on any rank."""
+    """The values as `reduce` makes them small; nothing if torch has no way to read them, on any rank."""
     try:
         return (reduce(values()),)
     except (torch.OutOfMemoryError, MemoryError):

@@ -87,7 +87,7 @@ class Call:
 
     @property
     def wrote(self) -> bool:
-        """Whether it has written to its tensors."""
+        """True if it has written to its tensors."""
         half = len(self.versions) // 2
         return self.versions[half:] != self._versions()[half:]
 
@@ -105,7 +105,7 @@ class Call:
         return self.own
 
     def run_with(self, arguments: tuple[Any, Any]) -> Any:
-        """What the model returns for these arguments."""
+        """The output of the model for these arguments."""
         args, kwargs = arguments
         with self.ambient.again():
             return self.inner(*args, **kwargs)
@@ -120,7 +120,7 @@ class Call:
                 raise
 
     def deferred(self, compute: Callable[[], None]) -> Any:
-        """What stands for the output until `compute` has run the call."""
+        """A stand-in for the output until `compute` has run the call."""
 
         def result() -> Any:
             if self.output is None and self.error is None:
@@ -147,7 +147,7 @@ class Call:
 
 
 class Written:
-    """Whether tensors, and the lists and dicts that they are in, are written to.
+    """A check that tensors, and the lists and dicts that they are in, are not written to.
 
     Args:
         values: any structure of tensors.
