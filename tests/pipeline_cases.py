@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from tiny_pipelines import CALLS, PIPELINES
 from torch import Tensor, nn
+from unseen import unseen
 
 from meshdiff import CommsCounter, Layout, init_mesh
 from meshdiff.agreement import from_every_rank
@@ -43,22 +44,15 @@ def call(pipeline: DiffusionPipeline, name: str) -> Tensor:
     return torch.stack(list(output)) if isinstance(output, list) else output
 
 
-class Runs:
-    """How often a model ran; has slots, so that a snapshot of the model sees nothing of it."""
-
-    __slots__ = ("times",)
-
-
 class Mixing(nn.Module):
     """Rows of a batch know of each other, and how often it ran is counted."""
 
     def __init__(self, mixes: bool = False) -> None:
         super().__init__()
-        self.mixes, self.runs = mixes, Runs()
-        self.runs.times = 0
+        self.mixes, self.runs = mixes, unseen(times=0)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
-        self.runs.times += 1
+        self.runs.get().times += 1
         return (hidden_states * 2 + (hidden_states.mean() if self.mixes else 0),)
 
 
@@ -69,18 +63,18 @@ def guided(mesh: Any) -> dict[str, Any]:
     model = Mixing()
     guidance = Guidance(model, mesh)
     model(x)  # the first call of a kind is not deferred
-    model.runs.times = 0
+    model.runs.get().times = 0
     first, second = model(x)[0], model(y)[0]
-    found["together"] = (first + second).tolist(), model.runs.times
+    found["together"] = (first + second).tolist(), model.runs.get().times
     first = model(x)[0]
     looked = first.tolist()
-    found["alone"] = looked, model.runs.times
+    found["alone"] = looked, model.runs.get().times
     outputs = [model(value)[0] for value in (x, y, z)]
-    found["three"] = sum(outputs).tolist(), model.runs.times
+    found["three"] = sum(outputs).tolist(), model.runs.get().times
     own = x.clone()
     first = model(own)[0]
     own.fill_(100)
-    found["written after"] = first.tolist(), model.runs.times
+    found["written after"] = first.tolist(), model.runs.get().times
     guidance.remove()
     mixing = Mixing(mixes=True)
     Guidance(mixing, mesh)

@@ -18,6 +18,7 @@ from test_untouched import Joint
 from test_untouched_calls import BODIES, CALLS, Tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
+from unseen import unseen
 
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, simulate
 from meshdiff.agreement import from_every_rank
@@ -26,16 +27,8 @@ from meshdiff.untouched.compare import difference
 ELSEWHERE: dict[int, Tensor] = {}
 
 
-class Ran:
-    """How often the Python of a model ran on this rank; has slots, so that a snapshot sees nothing of it."""
-
-    __slots__ = ("by_model", "times")
-
-    def __init__(self) -> None:
-        self.times, self.by_model = 0, Counter[int]()
-
-
-RAN = Ran()
+RAN = unseen(times=0, by_model=Counter[int]())
+"""How often the Python of a model ran on this rank."""
 
 
 def body(block, x, y):
@@ -52,7 +45,7 @@ class Model(Tokens):
             block.settings = {"factor": 2.0}
 
     def forward(self, hidden: Tensor, by: float = 1.0, other: Tensor | None = None) -> dict[str, Any]:
-        RAN.times += 1
+        RAN.get().times += 1
         factor = self.outside(self, hidden)
         hidden = super().forward(hidden) * factor * self.scale * by
         return {"sample": hidden if other is None else hidden + other, "by": by, "none": None}
@@ -118,8 +111,8 @@ def input_(model, tokens):
 
 
 def a_global(model, tokens):
-    RAN.by_model[id(model)] += 1
-    return float(RAN.by_model[id(model)])
+    RAN.get().by_model[id(model)] += 1
+    return float(RAN.get().by_model[id(model)])
 
 
 def unseeded(model, tokens):
@@ -309,12 +302,12 @@ def on_this_rank() -> dict[str, Any]:
             parallel = parallelize(model, mesh, capture=True)
             torch.manual_seed(5)
             expected = [step(alone) for step in case.steps]
-            RAN.times = 0
+            RAN.get().times = 0
             torch.manual_seed(5)
             outputs = [step(model) for step in case.steps]
             error = max(difference(*pair) for pair in zip(outputs, expected, strict=True))
             rest = [[one.get("by") for one in of if isinstance(one, dict)] for of in (outputs, expected)]
-            found[name] = error, rest[0] == rest[1], RAN.times, len(parallel.programs), str(parallel.report())
+            found[name] = error, rest[0] == rest[1], RAN.get().times, len(parallel.programs), str(parallel.report())
         for of_body in [*BODIES, "", "source", "join", "view"]:
             torch.manual_seed(0)
             model = Joint(of_body) if isinstance(of_body, str) else Tokens(of_body)

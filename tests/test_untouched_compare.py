@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
+from unseen import unseen
 from untouched_cases import Model, inputs
 
 import meshdiff.untouched.pending
@@ -73,24 +74,15 @@ class Overflows(Model):
         return super().forward(hidden_states, text) * torch.where(hidden_states[..., :1] > 0, NAN, 1.0)
 
 
-class Seen:
-    """Has slots, so that a snapshot of the model sees nothing of it."""
-
-    __slots__ = ("rows",)
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-
-
 class ByRows(torch.nn.Module):
     """Gives NaN in one row of a batch, whatever is in the others."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = Seen()
+        self.seen = unseen(rows=[])
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
-        self.seen.rows.append(len(hidden_states))
+        self.seen.get().rows.append(len(hidden_states))
         return (hidden_states.log(),)
 
 
@@ -102,7 +94,7 @@ def test_a_batch_is_shared_out_though_the_model_gives_nan_in_places():
         Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
         for _ in range(2):
             assert difference(model(given)[0], expected) == 0
-    assert model.seen.rows == [2, 1, 1]  # the second time only the own row
+    assert model.seen.get().rows == [2, 1, 1]  # the second time only the own row
 
 
 def verified(model: torch.nn.Module) -> None:

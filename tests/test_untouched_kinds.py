@@ -79,7 +79,7 @@ def of_many_shapes() -> tuple[float, int, int, int, str, int]:
     alone, model = Model(nothing), Model(nothing)
     parallel = parallelize(model, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], capture=True)
     graphs: dict[int, weakref.ref] = {}
-    error, RAN.times, runs = 0.0, 0, 0
+    error, RAN.get().times, runs = 0.0, 0, 0
     generator = torch.Generator().manual_seed(1)
     for shape in [*range(SHAPES), 0]:
         for _ in range(STEPS):
@@ -90,7 +90,7 @@ def of_many_shapes() -> tuple[float, int, int, int, str, int]:
     gc.collect()
     alive = sum(graph() is not None for graph in graphs.values())
     shadows = sum(issubclass(type(one), torch._subclasses.FakeTensor) for one in gc.get_objects())
-    return error, len(parallel.programs), alive, RAN.times - runs, parallel.captured, shadows
+    return error, len(parallel.programs), alive, RAN.get().times - runs, parallel.captured, shadows
 
 
 @pytest.mark.parametrize("ranks", [2])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from meshdiff.untouched.snapshot import SMALL
+from meshdiff.untouched.code_state import SMALL
 from meshdiff.untouched.state import Ambient
 
 __all__ = ["PLAIN", "NotCaptured", "described", "is_due", "signature_of"]

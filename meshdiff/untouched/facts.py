@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshdiff.untouched.code_state import SMALL
 from meshdiff.untouched.patching import KEY, Entry, original_class
-from meshdiff.untouched.snapshot import DICTS, MEMBERS, OF_CALLS, SMALL
+from meshdiff.untouched.snapshot import DICTS, MEMBERS, OF_CALLS
 
 __all__ = ["Facts"]
 

@@ -2,24 +2,24 @@
 
 Looked at is all that can be reached from its modules by attributes, containers,
 objects, hooks, methods and the variables that functions enclose, and the
-globals and class attributes that the forwards name. Small values count by
-value, containers by what they hold, other objects by identity, tensors by their
-version as well, and weights by a few of their values, because a write to
-`weight.data` leaves no other trace.
+globals and attributes of modules and classes that the forwards name. Small
+values count by value, containers by what they hold, other objects by identity,
+tensors by their version as well, and weights and arrays by a few of their
+values, because a write to `weight.data` leaves no other trace. Of an iterator
+nobody can see how far it is: it counts as another one every time.
 
-Not seen are changes inside of objects with slots or made in C, of arrays of
-numpy, of long containers (their length is), of objects of other packages that
-only a global holds, of files and clocks.
+Not seen are changes inside of objects that are made in C, of long containers
+(their length is), of objects of other packages that only a global holds, of
+files and clocks.
 """
 
 from __future__ import annotations
 
 import copy
-import operator
-import random
+import itertools
 import types
 from collections import OrderedDict, deque
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,26 +27,33 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from meshdiff.fingerprint import fingerprint, sha256
-from meshdiff.simulation import holds_all_ranks
+from meshdiff.untouched.code_state import (
+    CONTAINERS,
+    LIBRARY,
+    SMALL,
+    STEADY,
+    class_attributes,
+    functions_of,
+    is_iterator,
+    named_state,
+    package_of,
+    slots_of,
+    static,
+)
+from meshdiff.untouched.generators import default_generators, is_array, is_generator, set_state, state_of
+from meshdiff.untouched.holders import LITTLE, Array, Globals, Slots, holds, put_back
 from meshdiff.untouched.patching import KEY, Entry, original_class
 from meshdiff.untouched.weight_samples import WeightSamples
 
-__all__ = ["DICTS", "MEMBERS", "OF_CALLS", "RANDOM", "SMALL", "ModuleSnapshot", "Unrestorable", "version"]
+__all__ = ["DICTS", "MEMBERS", "OF_CALLS", "RANDOM", "ModuleSnapshot", "Unrestorable", "version"]
 
-SMALL = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 DICTS = frozenset({dict, OrderedDict})
 HOLDERS = frozenset({dict, OrderedDict, set, list})
-CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 LONGEST = 256
 """Items of a container that are looked at; longer ones are tables, of which only the length is compared."""
 OF_CALLS = ("_forward_hooks", "_forward_pre_hooks")
 """Of the module itself: they run around its forward, not inside."""
 MEMBERS = frozenset({"_parameters", "_buffers", "_modules"})
-STEADY = (type, types.ModuleType, types.BuiltinFunctionType, torch.layout, torch.memory_format)
-LIBRARY = "torch"
-"""Code of this package keeps nothing of a model."""
-
-
 RANDOM = "random numbers"
 OF_FSDP = "__composable_api_state_key"
 """What FSDP2 keeps in the modules that it shards: it changes with every call, and is nothing of the model's own."""
@@ -62,8 +69,9 @@ class ModuleSnapshot:
     Args:
         module: the module.
         arguments: any structure of tensors that belongs to it.
-        copies: keep the values of buffers, of tensors that are attributes, and of
-            the tensors in `arguments`, so that writes to them can be undone.
+        copies: keep the values of all buffers, tensors that are attributes, and
+            tensors in `arguments`, so that writes to them can be undone, and not
+            only of those that have a few elements.
     """
 
     def __init__(self, module: nn.Module, arguments: Any = (), copies: bool = False) -> None:
@@ -79,36 +87,41 @@ class ModuleSnapshot:
         self._tensors: dict[int, tuple[str, Tensor, int]] = {}
         """Name, tensor and version."""
         self._weights: list[Tensor] = []
+        self._moves = False
+        """Whether there is an iterator, of which nobody can see how far it is."""
         self._functions: dict[types.FunctionType, None] = {}
+        self._entries: dict[types.FunctionType, None] = {}
         self._classes: dict[type, None] = {}
-        self._parts = self._of_modules(module)
+        self._modules: dict[nn.Module, None] = {}
+        self._waiting: list[tuple[str, nn.Module]] = []
+        self._parts = self._of_all()
         self._note_random()
         for tensor in tree_leaves(arguments):
             if isinstance(tensor, Tensor):
                 self._of_tensor(tensor, "its inputs")
         self._samples = WeightSamples(self._weights)
-        self._copies: dict[int, Tensor] = {}
-        if copies:
-            owned = {id(weight) for weight in self._weights if isinstance(weight, nn.Parameter)}
-            with torch.no_grad():
-                self._copies = {
-                    key: tensor.clone()
-                    for key, (_, tensor, _) in self._tensors.items()
-                    if key not in owned and not tensor.is_quantized  # which torch clones in part only
-                }
+        with torch.no_grad():
+            self._copies = {
+                key: tensor.clone()
+                for key, (_, tensor, _) in self._tensors.items()
+                if (copies or tensor.numel() <= LITTLE)
+                and not isinstance(tensor, nn.Parameter)
+                and not (tensor.is_quantized or tensor.is_nested)  # which torch clones in part only
+            }
 
     def again(self) -> ModuleSnapshot:
         """The module as it is now; if nothing differs, this snapshot, which takes a third of the time of a new one."""
         same = (
-            not any(self._empty)
-            and all(_holds(holder, content) for holder, content in self._contents)
+            not self._moves
+            and not any(self._empty)
+            and all(holds(holder, content) for holder, content in self._contents)
             and all(len(items) == length for items, length in self._long)
             and all(version(tensor) == before for _, tensor, before in self._tensors.values())
             and self._samples.still()
         )
-        if not same or any(_state_of(generator) != state for generator, state in self._generators):
+        if not same or any(state_of(generator) != state for generator, state in self._generators):
             return ModuleSnapshot(self.module, self.arguments)
-        if all(_state_of(source) == state for source, state in self._random):
+        if all(state_of(source) == state for source, state in self._random):
             return self
         now = copy.copy(self)  # random numbers were drawn, as many schedulers do between steps
         now._note_random()
@@ -116,7 +129,7 @@ class ModuleSnapshot:
 
     def _note_random(self) -> None:
         """The state of the generators that everything draws from by default."""
-        self._random = [(source, _state_of(source)) for source in _sources()]
+        self._random = [(source, state_of(source)) for source in default_generators()]
         self._parts = {**self._parts, RANDOM: {str(i): state for i, (_, state) in enumerate(self._random)}}
 
     def changed(self, now: ModuleSnapshot, drawn: bool = True) -> str:
@@ -126,11 +139,11 @@ class ModuleSnapshot:
         differing = self._differing(now, None if drawn else RANDOM) if self._parts != now._parts else ""
         if differing:
             return differing
-        return self._written(now) or ("" if self._samples.agrees(now._samples) else "values of weights")
+        return self._written(now)
 
     def only_grew(self, now: ModuleSnapshot) -> bool:
         """Whether nothing that was there is another one in `now`, as when a result is kept for later calls."""
-        return _grew(self._parts, now._parts) and not self._written(now) and self._samples.agrees(now._samples)
+        return _grew(self._parts, now._parts) and not self._written(now)
 
     def restore(self, now: ModuleSnapshot) -> None:
         """Put back what differs in `now`, which was just taken.
@@ -138,22 +151,21 @@ class ModuleSnapshot:
         Raises:
             Unrestorable: if something was written to of which there is no copy; nothing is put back then.
         """
-        written = self._written(now, self._copies) or (
-            "" if self._samples.agrees(now._samples) else "values of weights"
-        )
+        written = self._written(now, self._copies)
         if written:
             raise Unrestorable(written)
         for holder, content in self._contents:
-            if not _holds(holder, content):
-                _put_back(holder, content)
+            if not holds(holder, content):
+                put_back(holder, content)
         for holder in self._empty:
             holder.clear()
         for source, state in (*self._generators, *self._random):
-            if _state_of(source) != state:
-                _set_state(source, state)
+            if state_of(source) != state:
+                set_state(source, state)
+        differing = self._samples.differing(now._samples)
         for key, values in self._copies.items():
             _, tensor, before = self._tensors[key]
-            if tensor.is_inference() or version(tensor) != before:
+            if tensor.is_inference() or version(tensor) != before or key in differing:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.detach().copy_(values)
 
@@ -162,7 +174,7 @@ class ModuleSnapshot:
         for key, (name, _, before) in self._tensors.items():
             if key not in without and now._tensors.get(key, ("", None, before))[2] != before:
                 return name
-        return ""
+        return "values of weights" if self._samples.differing(now._samples) - set(without) else ""
 
     def _differing(self, now: ModuleSnapshot, without: str | None) -> str:
         for name in [*self._parts, *now._parts]:
@@ -172,24 +184,29 @@ class ModuleSnapshot:
                     return f"{name}.{key}".lstrip(".")
         return ""
 
-    def _of_modules(self, module: nn.Module) -> dict[str, dict[Any, Any]]:
+    def _of_all(self) -> dict[str, dict[Any, Any]]:
         parts: dict[str, dict[Any, Any]] = {}
-        waiting, seen = [("", module)], set()
-        while waiting:
-            name, part = waiting.pop()
-            if part in seen:
-                continue
-            seen.add(part)
-            self._classes[original_class(part)] = None
-            parts[name] = self._of_module(name, part)
-            if part._modules:
-                waiting += [(f"{name}.{key}", child) for key, child in part._modules.items() if child is not None]
+        self._waiting.append(("", self.module))
+        self._of_waiting(parts)
         for key in (*OF_CALLS, KEY):
             parts[""].pop(key, None)
-        self._kept += seen
         for place, own in self._of_code().items():
             parts[place] = own
+        self._of_waiting(parts)
         return parts
+
+    def _of_waiting(self, parts: dict[str, dict[Any, Any]]) -> None:
+        """Modules that were found, and those that are found in them."""
+        while self._waiting:
+            name, part = self._waiting.pop()
+            if part in self._modules:
+                continue
+            self._modules[part] = None
+            self._classes[original_class(part)] = None
+            parts[name] = self._of_module(name, part)
+            for key, child in part._modules.items():
+                if child is not None:
+                    self._waiting.append((f"{name}.{key}", child))
 
     def _of_module(self, name: str, part: nn.Module) -> dict[Any, Any]:
         # Most of what a module has are dicts of hooks that are empty, and this is to take no time.
@@ -217,31 +234,40 @@ class ModuleSnapshot:
     def _of_code(self) -> dict[str, dict[Any, Any]]:
         """What forwards, hooks and processors name in their globals, and the attributes of classes and functions."""
         facts: dict[str, dict[Any, Any]] = {}
-        functions = dict(self._functions)
-        for cls in list(self._classes):
-            for base in cls.__mro__:
-                if _package(base) != LIBRARY and base is not object:
-                    names = [key for key, value in vars(base).items() if _is_state(key, value, _package(base))]
-                    if names:
-                        self._contents.append((base, {key: vars(base)[key] for key in names}))
-                        facts[f"class {base.__qualname__}"] = {
-                            key: self._fact(vars(base)[key], f"{base.__qualname__}.{key}") for key in names
-                        }
-            entry = _static(cls, "forward") or _static(cls, "__call__")
-            functions |= dict.fromkeys(_functions_of(cls, entry))
-        for first in list(self._functions):
-            functions |= dict.fromkeys(_functions_of(object, first))
-        for function in functions:
-            space, package = function.__globals__, _package(function)
-            own = facts.setdefault(f"module {function.__module__}", {})
-            for key in _names(function.__code__):
-                if key not in own and key in space and _is_state(key, space[key], package):
-                    self._contents.append((_Globals(space), {key: space[key]}))
-                    own[key] = self._fact(space[key], f"{function.__module__}.{key}")
-            if function.__dict__ or function.__defaults__ or function.__kwdefaults__:
-                held = function.__dict__, function.__defaults__, function.__kwdefaults__
-                own[function.__qualname__] = self._fact(held, function.__qualname__)
-        return facts
+        classes, functions = set[type](), set[types.FunctionType]()
+        while True:
+            new = [base for cls in self._classes for base in cls.__mro__ if base not in classes]
+            for cls in dict.fromkeys(new):
+                classes.add(cls)
+                self._of_class(cls, facts)
+            named = dict.fromkeys(self._entries)
+            for function in self._functions:
+                named |= dict.fromkeys(functions_of(object, function))
+            found = [function for function in named if function not in functions]
+            if not found:
+                return facts
+            for function in found:
+                functions.add(function)
+                self._of_names(function, facts)
+
+    def _of_class(self, cls: type, facts: dict[str, dict[Any, Any]]) -> None:
+        if cls in self._classes:
+            self._entries |= dict.fromkeys(functions_of(cls, static(cls, "forward") or static(cls, "__call__")))
+        if package_of(cls) != LIBRARY and cls is not object and (names := class_attributes(cls)):
+            self._contents.append((cls, {key: vars(cls)[key] for key in names}))
+            place = facts.setdefault(f"class {cls.__qualname__}", {})
+            place.update({key: self._fact(vars(cls)[key], f"{cls.__qualname__}.{key}") for key in names})
+
+    def _of_names(self, function: types.FunctionType, facts: dict[str, dict[Any, Any]]) -> None:
+        for place, holder, key in named_state(function):
+            space = vars(holder) if isinstance(holder, type) else holder
+            if key not in (found := facts.setdefault(place, {})):
+                self._contents.append((holder if space is not holder else Globals(space), {key: space[key]}))
+                found[key] = self._fact(space[key], f"{place.partition(' ')[2]}.{key}")
+        held = function.__dict__, function.__defaults__, function.__kwdefaults__, function.__closure__
+        if any(held):
+            place = f"function {function.__module__}.{function.__qualname__}"
+            facts.setdefault(place, {})[id(function)] = self._fact(held[:3], place), self._of_function(function, place)
 
     def _of_tensor(self, tensor: Tensor, name: str) -> Any:
         if tensor.is_meta:  # where a hook keeps weights elsewhere: it holds nothing
@@ -261,10 +287,17 @@ class ModuleSnapshot:
             return self._of_container(value, name)
         if kind is Entry:
             return self._fact(value.inner, name)
-        self._kept.append(value)
-        if id(value) in self._seen or isinstance(value, (nn.Module, STEADY)):
+        if isinstance(value, nn.Module):  # that is nobody's child: of a list, an object, a closure
+            self._waiting.append((name, value))
             return id(value)
-        if _package(kind) == LIBRARY and kind is not torch.Generator:
+        self._kept.append(value)
+        if id(value) in self._seen or isinstance(value, STEADY):
+            return id(value)
+        if is_generator(value):
+            self._seen.add(id(value))
+            self._generators.append((value, state_of(value)))
+            return id(value), self._generators[-1][1]
+        if package_of(kind) == LIBRARY:
             return id(value)
         self._seen.add(id(value))
         if kind is types.FunctionType:
@@ -274,16 +307,30 @@ class ModuleSnapshot:
             return self._fact(value.__self__, name), self._fact(value.__func__, name)
         if isinstance(value, partial):
             return id(value), self._fact((value.func, value.args, value.keywords), name)
-        if isinstance(value, torch.Generator):
-            self._generators.append((value, _state_of(value)))
-            return id(value), self._generators[-1][1]
-        inner = getattr(value, "__dict__", None)
-        if type(inner) is not dict:
+        if is_array(value):
+            return self._of_array(value)
+        if is_iterator(value):
+            self._moves = True
+            return id(value), next(_times)
+        slots, inner = slots_of(kind), getattr(value, "__dict__", None)
+        if not slots and type(inner) is not dict:
             return id(value)
         self._classes[kind] = None
-        if not inner:
-            self._empty.append(inner)
-        return id(value), self._of_container(inner, name)
+        held: Any = {}
+        if type(inner) is dict:
+            if not inner:
+                self._empty.append(inner)
+            held = self._of_container(inner, name)
+        if slots:
+            in_slots = Slots(value, slots)
+            self._contents.append((in_slots, in_slots.now()))
+            held = {key: self._fact(item, f"{name}.{key}") for key, item in in_slots.now().items()} | {"": held}
+        return id(value), held
+
+    def _of_array(self, array: Any) -> Any:
+        held = Array(array)
+        self._contents.append((held, held.now()))
+        return id(array), array.shape, held.now().tobytes()
 
     def _of_function(self, function: types.FunctionType, name: str) -> Any:
         cells = []
@@ -314,59 +361,7 @@ class ModuleSnapshot:
         return frozenset(item if type(item) in SMALL else id(item) for item in items)
 
 
-class _Globals:
-    """The globals of a function, of which a few names count."""
-
-    def __init__(self, space: dict[str, Any]) -> None:
-        self.space = space
-
-
-def _holds(holder: Any, content: Any) -> bool:
-    """Whether a holder holds what it held, each thing the same object."""
-    if isinstance(holder, dict):
-        alike = len(holder) == len(content) and all(map(operator.is_, holder, content))
-        return alike and all(map(operator.is_, holder.values(), content.values()))
-    if isinstance(holder, (list, deque)):
-        return len(holder) == len(content) and all(map(operator.is_, holder, content))
-    if isinstance(holder, types.CellType):
-        return holder.cell_contents is content
-    if isinstance(holder, type):
-        return all(vars(holder).get(name, ...) is value for name, value in content.items())
-    if isinstance(holder, _Globals):
-        return all(holder.space.get(name, ...) is value for name, value in content.items())
-    return holder == content
-
-
-def _put_back(holder: Any, content: Any) -> None:
-    if isinstance(holder, types.CellType):
-        holder.cell_contents = content
-    elif isinstance(holder, type):
-        for name, value in content.items():
-            setattr(holder, name, value)
-    elif isinstance(holder, _Globals):
-        holder.space.update(content)
-    else:
-        holder.clear()
-        (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
-
-
-def _sources() -> list[Any]:
-    """Generators that are everybody's: of the CPU, of this rank's GPU, and Python's own."""
-    if holds_all_ranks():  # a simulation has states of its own for each rank
-        return []
-    on_gpu = [torch.cuda.default_generators[torch.cuda.current_device()]] if torch.cuda.is_initialized() else []
-    return [torch.default_generator, *on_gpu, random]
-
-
-def _state_of(source: Any) -> Any:
-    return source.get_state().numpy().tobytes() if isinstance(source, torch.Generator) else source.getstate()
-
-
-def _set_state(source: Any, state: Any) -> None:
-    if isinstance(source, torch.Generator):
-        source.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    else:
-        source.setstate(state)
+_times = itertools.count()
 
 
 def _grew(own: Any, now: Any) -> bool:
@@ -377,55 +372,6 @@ def _grew(own: Any, now: Any) -> bool:
         return all(key in now and _grew(fact, now[key]) for key, fact in own.items())
     pair = isinstance(own, tuple) and isinstance(now, tuple) and len(own) == len(now) == 2
     return pair and own[0] == now[0] and isinstance(own[1], dict) and _grew(own[1], now[1])
-
-
-def _package(thing: Any) -> str:
-    return str(thing.__module__).partition(".")[0]
-
-
-def _is_state(name: str, value: Any, package: str) -> bool:
-    """Whether a global or an attribute of a class may be what code of a package keeps between calls."""
-    kind = type(value)
-    if name.startswith("__"):
-        return False
-    if kind in SMALL or isinstance(value, (Tensor, *CONTAINERS)):
-        return True
-    inner = getattr(value, "__dict__", None)
-    return (
-        type(inner) is dict
-        and not isinstance(value, (nn.Module, types.FunctionType, *STEADY))
-        and (_package(kind) == package)
-    )
-
-
-@lru_cache(maxsize=4096)
-def _functions_of(cls: type, forward: Any) -> tuple[types.FunctionType, ...]:
-    """The forward of a class, and the functions of its package that it goes through, as far as their names tell."""
-    found: dict[types.FunctionType, None] = {}
-    waiting = [forward]
-    while waiting:
-        function = waiting.pop()
-        function = (
-            getattr(function, "__wrapped__", function) if not isinstance(function, types.FunctionType) else function
-        )
-        if not isinstance(function, types.FunctionType) or function in found or _package(function) == LIBRARY:
-            continue
-        found[function] = None
-        waiting.append(getattr(function, "__wrapped__", None))
-        for name in _names(function.__code__):
-            waiting += [function.__globals__.get(name), _static(cls, name)]
-    return tuple(found)
-
-
-def _static(cls: type, name: str) -> Any:
-    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
-
-
-@lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    """The globals and attributes that a function reads or writes, in functions inside of it as well."""
-    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-    return tuple(dict.fromkeys([*code.co_names, *(name for names in inner for name in names)]))
 
 
 def version(tensor: Tensor) -> int:

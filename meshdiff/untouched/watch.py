@@ -17,11 +17,12 @@ from torch.utils._pytree import tree_leaves
 from meshdiff.untouched.aliases import memory
 from meshdiff.untouched.branch_calls import Written
 from meshdiff.untouched.calls import PLAIN
+from meshdiff.untouched.code_state import SMALL
 from meshdiff.untouched.facts import Facts
 from meshdiff.untouched.guard import kind_of
 from meshdiff.untouched.patching import original_class
 from meshdiff.untouched.recorder import calling_line
-from meshdiff.untouched.snapshot import SMALL, ModuleSnapshot
+from meshdiff.untouched.snapshot import ModuleSnapshot
 
 __all__ = ["Watch", "note_output", "watching"]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from meshdiff.simulation import outside, rank_values
 
-__all__ = ["WeightSamples"]
+__all__ = ["SAMPLE", "WeightSamples"]
 
 SAMPLE = 8
 """Values of a weight."""
@@ -53,16 +53,19 @@ class WeightSamples:
                 torch.equal(self.values[kind], values) for kind, values in self._read().items()
             )
 
-    def agrees(self, now: WeightSamples) -> bool:
-        """Whether weights that are in both have the same values; those that were moved are not compared."""
+    def differing(self, now: WeightSamples) -> set[int]:
+        """The weights (by `id`) of both that have other values in `now`; those that were moved are not compared."""
         with outside():
-            if self.places == now.places:
-                return all(torch.equal(values, now.values[kind]) for kind, values in self.values.items())
-            return all(
-                torch.equal(self.values[kind][start:stop], now.values[kind][slice(*now.places[key][1:])])
+            if self.places == now.places and all(
+                torch.equal(values, now.values[kind]) for kind, values in self.values.items()
+            ):
+                return set()
+            return {
+                key
                 for key, (kind, start, stop) in self.places.items()
                 if now.places.get(key, (None,))[0] == kind
-            )
+                and not torch.equal(self.values[kind][start:stop], now.values[kind][slice(*now.places[key][1:])])
+            }
 
 
 def _is_plain(tensor: Tensor) -> bool:

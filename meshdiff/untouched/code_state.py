@@ -1,0 +1,148 @@
+"""State that no module holds but the code of its forward names: globals, and attributes of modules and of classes."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshdiff.untouched.generators import is_array, is_generator
+
+__all__ = [
+    "CONTAINERS",
+    "LIBRARY",
+    "SMALL",
+    "STEADY",
+    "class_attributes",
+    "functions_of",
+    "is_iterator",
+    "named_state",
+    "package_of",
+    "slots_of",
+    "static",
+]
+
+SMALL = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+STEADY = (type, types.ModuleType, types.BuiltinFunctionType, torch.layout, torch.memory_format)
+OPEN = (types.SimpleNamespace, threading.local)
+"""Objects of the standard library that hold what somebody else puts there."""
+LIBRARY = "torch"
+"""Code of this package keeps nothing of a model."""
+
+
+def package_of(thing: Any) -> str:
+    """The name of the package that a class or a function is from."""
+    return str(thing.__module__).partition(".")[0]
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether reading it moves it on; nothing tells how far it is."""
+    return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
+
+
+def class_attributes(cls: type) -> tuple[str, ...]:
+    """The attributes of a class itself that code may keep something in."""
+    return tuple(key for key, value in vars(cls).items() if _is_state(key, value, package_of(cls)))
+
+
+def named_state(function: types.FunctionType) -> Iterator[tuple[str, Any, str]]:
+    """The globals that a function names, and what it names of the modules and classes that are among them.
+
+    Returns:
+        the name of what holds it, the dict of globals or the class that does, and the name that it has there.
+    """
+    names = _names(function.__code__)
+    for place, holder, package in _spaces(function, names):
+        space = vars(holder) if isinstance(holder, type) else holder
+        for key in names:
+            if key in space and _is_state(key, space[key], package):
+                yield place, holder, key
+
+
+def _spaces(function: types.FunctionType, names: tuple[str, ...]) -> Iterator[tuple[str, Any, str]]:
+    space = function.__globals__
+    yield f"module {function.__module__}", space, package_of(function)
+    for name in names:
+        value = _global(space, name)
+        if isinstance(value, types.ModuleType):
+            package = value.__name__.partition(".")[0]
+            if not _is_library(package):
+                yield f"module {value.__name__}", vars(value), package
+        elif isinstance(value, type) and not _is_library(package_of(value)):
+            yield f"class {value.__qualname__}", value, package_of(value)
+
+
+def _global(space: dict[str, Any], name: str) -> Any:
+    """What a function finds by a name, or imports by it."""
+    if name in space:
+        return space[name]
+    return sys.modules.get(name) or sys.modules.get(f"{space.get('__package__')}.{name}")
+
+
+@lru_cache(maxsize=1024)
+def _is_library(package: str) -> bool:
+    return package == LIBRARY or package in sys.stdlib_module_names
+
+
+def _is_state(name: str, value: Any, package: str) -> bool:
+    """Whether a global or an attribute of a class may be what code of a package keeps between calls."""
+    kind: Any = type(value)
+    if name.startswith("__"):
+        return False
+    if kind in SMALL or isinstance(value, (Tensor, nn.Module, *CONTAINERS)):
+        return True
+    if isinstance(value, (types.FunctionType, *STEADY)):
+        return False
+    if is_array(value) or is_generator(value) or isinstance(value, OPEN) or is_iterator(value):
+        return True
+    return (type(getattr(value, "__dict__", None)) is dict or slots_of(kind) != ()) and package_of(kind) == package
+
+
+@lru_cache(maxsize=4096)
+def slots_of(kind: type) -> tuple[str, ...]:
+    """The attributes of an object that are in no dict; those of the standard library keep what they found out there."""
+    found: dict[str, None] = {}
+    for cls in kind.__mro__:
+        if not _is_library(package_of(cls)):
+            slots = vars(cls).get("__slots__", ())
+            found |= dict.fromkeys((slots,) if isinstance(slots, str) else slots)
+    return tuple(name for name in found if isinstance(getattr(kind, name, None), types.MemberDescriptorType))
+
+
+@lru_cache(maxsize=4096)
+def functions_of(cls: type, forward: Any) -> tuple[types.FunctionType, ...]:
+    """The forward of a class, and the functions of its package that it goes through, as far as their names tell."""
+    found: dict[types.FunctionType, None] = {}
+    waiting = [forward]
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, types.FunctionType):
+            function = getattr(function, "__wrapped__", function)
+        if not isinstance(function, types.FunctionType) or function in found or package_of(function) == LIBRARY:
+            continue
+        found[function] = None
+        waiting.append(getattr(function, "__wrapped__", None))
+        for name in _names(function.__code__):
+            waiting += [function.__globals__.get(name), static(cls, name)]
+    return tuple(found)
+
+
+def static(cls: type, name: str) -> Any:
+    """An attribute of a class as it lies there; None if there is none."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+
+
+@lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """The globals and attributes that a function reads or writes, in functions inside of it as well."""
+    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return tuple(dict.fromkeys([*code.co_names, *(name for names in inner for name in names)]))
