@@ -47,25 +47,20 @@ def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     `torch.compiler.disable` takes seconds to import, which where nothing is compiled nobody has to wait for.
     """
-    global _inside
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or _inside:
+    global _disabled
+    if "torch._dynamo" not in sys.modules:
         return function(*args, **kwargs)
-    return dynamo.disable(_call, reason=UNCOMPILED)(function, *args, **kwargs)
+    if _disabled is None:
+        _disabled = torch.compiler.disable(_call, reason=UNCOMPILED)
+    return _disabled(function, *args, **kwargs)
 
-
-_inside = 0
 
 UNCOMPILED = "it is on a mesh; compile what each rank runs instead: meshdiff.parallelize(..., capture=torch.compile)"
+_disabled: Callable[..., Any] | None = None
 
 
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    global _inside
-    _inside += 1
-    try:
-        return function(*args, **kwargs)
-    finally:
-        _inside -= 1
+    return function(*args, **kwargs)
 
 
 def on_shards(module: nn.Module) -> nn.Module:

@@ -197,6 +197,11 @@ def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
     return function, args, state, *rest
 
 
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # torch.compile looks for the forward in the class, where there is none that is intercepted.
+    return uncompiled(super(type(module), module).__call__, *args, **kwargs)
+
+
 def _compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
     raise RuntimeError(f"{type(module).__name__}.compile() cannot trace it, for {UNCOMPILED}")
 
@@ -220,6 +225,7 @@ def _intercepted(base: type[nn.Module]) -> type[nn.Module]:
     meta: Any = type("meta", (type(base),), methods)
     members = {
         "forward": _Forward(base),
+        "__call__": _call,
         "compile": _compile,
         "__class__": property(_get_class, _set_class),
         "__reduce_ex__": _reduce_ex,

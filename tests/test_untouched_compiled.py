@@ -1,0 +1,59 @@
+"""Models that are on a mesh, of which something is compiled later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import torchrun
+from torch import nn
+from torch.fx import GraphModule
+from untouched_cases import Model, inputs
+
+from meshdiff import Layout, init_mesh, parallelize
+from meshdiff.mesh import init_distributed
+
+TRACED: list[str] = []
+
+
+def noted(graph: GraphModule, examples: Any) -> Callable:
+    """A backend that changes nothing."""
+    TRACED.extend(node.name for node in graph.graph.nodes if node.op.startswith("call"))
+    return graph
+
+
+def a_block(model: Model) -> Callable:
+    model.attention_blocks[0] = torch.compile(model.attention_blocks[0], backend=noted)
+    return model
+
+
+def the_model(model: Model) -> Callable:
+    nn.Module.compile(model, backend=noted)
+    return model
+
+
+def code_around(model: Model) -> Callable:
+    return torch.compile(lambda **given: model(**given), backend=noted)
+
+
+def test_what_is_compiled_later_runs_as_it_is_on_the_mesh():
+    """On real ranks: within a simulation nothing is compiled."""
+    process = torchrun(2, __file__)
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    init_distributed()
+    given = inputs()
+    with torch.no_grad():
+        for compiled in (a_block, the_model, code_around):
+            model, expected = Model(), Model()(**given)
+            parallelize(model, init_mesh(Layout(cp=2), "cpu")["cp"])
+            model(**given)
+            run = compiled(model)
+            for _ in range(3):
+                assert torch.allclose(run(**given), expected, atol=1e-5), compiled.__name__
+            assert not TRACED, (compiled.__name__, TRACED)
+    dist.destroy_process_group()
