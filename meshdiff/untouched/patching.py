@@ -199,7 +199,7 @@ def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # torch.compile looks for the forward in the class, where there is none that is intercepted.
-    return uncompiled(super(type(module), module).__call__, *args, **kwargs)
+    return uncompiled(super(type(module), module).__call__, *args, **kwargs)  # type: ignore[misc]
 
 
 def _compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:
