@@ -21,16 +21,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshdiff.placements import WHOLE
 from meshdiff.shards import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["all_gather", "known", "on_shards", "uncompiled"]
+__all__ = ["all_gather", "known", "on_shards", "uncompiled", "with_timeout_of_world"]
 
 LINEAR_TAKES_SHARDS = torch.__version__ >= "2.13"  # which compares numbers
 
@@ -61,6 +64,18 @@ _disabled: Callable[..., Any] | None = None
 
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
+
+
+def with_timeout_of_world(mesh: DeviceMesh) -> DeviceMesh:
+    """Let the groups of a mesh wait for as long as that of all ranks does; torch gives them half an hour.
+
+    By private functions: `init_device_mesh` takes no time-out (seen in torch 2.11 and 2.13).
+    """
+    if dist.get_backend() != "fake":
+        world = dist.group.WORLD._get_backend(torch.device(mesh.device_type))  # type: ignore[union-attr]
+        for group in mesh.get_all_groups():
+            distributed_c10d._set_pg_timeout(world.options._timeout, group)
+    return mesh
 
 
 def on_shards(module: nn.Module) -> nn.Module:

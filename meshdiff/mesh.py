@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from meshdiff.compat import on_shards
+from meshdiff.compat import on_shards, with_timeout_of_world
 from meshdiff.errors import InputError
 from meshdiff.world import init_distributed, launched_world_size
 
@@ -214,7 +214,7 @@ def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta
     sizes = {DP: layout.dp, CFG: layout.cfg, CP: layout.cp}
     if layout.dp == 1:
         del sizes[DP]
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return with_timeout_of_world(init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
 
 
 def replica(mesh: DeviceMesh) -> DeviceMesh:
@@ -282,9 +282,8 @@ def ranks_of_replica(mesh: DeviceMesh) -> DeviceMesh:
     of_one = replica(mesh).size()
     if mesh.size() == of_one:
         return init_device_mesh(mesh.device_type, (of_one,), mesh_dim_names=("replica",))
-    return init_device_mesh(mesh.device_type, (mesh.size() // of_one, of_one), mesh_dim_names=(DP, "replica"))[
-        "replica"
-    ]
+    sizes = mesh.size() // of_one, of_one
+    return with_timeout_of_world(init_device_mesh(mesh.device_type, sizes, mesh_dim_names=(DP, "replica")))["replica"]
 
 
 def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -321,7 +320,7 @@ def ring_of_groups(mesh: DeviceMesh, size: int) -> DeviceMesh:
     """
     groups = _DIVIDED.setdefault(mesh.get_group(), {})
     if size not in groups:
-        groups[size] = mesh._unflatten(0, (mesh.size() // size, size), ("ring", "ulysses"))
+        groups[size] = with_timeout_of_world(mesh._unflatten(0, (mesh.size() // size, size), ("ring", "ulysses")))
     return groups[size]
 
 
