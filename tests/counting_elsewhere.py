@@ -3,5 +3,11 @@
 calls = 0
 
 
+def count() -> int:
+    global calls
+    calls += 1
+    return calls
+
+
 class Settings:
     calls = 0

@@ -206,6 +206,12 @@ def test_a_model_that_keeps_state_is_right(kind):
 def test_what_a_model_keeps_by_shape_is_no_state():
     with simulate(2):
         found = [(unwrap(video), why) for video, why in clips(Table, 2)]
+        model = Table()
+        guidance = Guidance(model, init_mesh(Layout(cfg=2), "cpu")["cfg"])
+        for length in (2, 3, 4):
+            given = X[0][:1, :length]
+            assert torch.equal(unwrap(model(given)[0]), Table()(given)[0])
+        assert not guidance.fallback
     assert [why for _, why in found] == ["", ""]
     assert all(torch.equal(video, clip(Table(), batch)) for batch, (video, _) in zip((1, 2), found, strict=True))
 

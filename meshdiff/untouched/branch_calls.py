@@ -15,7 +15,7 @@ from meshdiff.agreement import is_of_collective
 from meshdiff.fingerprint import fingerprint, sha256
 from meshdiff.untouched.deferred import DeferredTensor, OutputForm
 from meshdiff.untouched.snapshot import ModuleSnapshot, Unrestorable, version
-from meshdiff.untouched.state import Ambient
+from meshdiff.untouched.state import Ambient, Surroundings
 
 __all__ = ["Call", "Failure", "Kind", "Written", "batch_of", "others_can_hear"]
 
@@ -49,6 +49,7 @@ class Call:
     given: tuple[Any, Any]
     kind: Kind
     ambient: Ambient
+    surroundings: Surroundings = field(default_factory=Surroundings)
     own: tuple[Any, Any] = field(init=False)
     versions: list[int] = field(init=False)
     chosen: tuple[Any, Any] | None = None
@@ -107,8 +108,12 @@ class Call:
     def run_with(self, arguments: tuple[Any, Any]) -> Any:
         """The output of the model for these arguments."""
         args, kwargs = arguments
-        with self.ambient.again():
-            return self.inner(*args, **kwargs)
+
+        def call() -> Any:
+            with self.ambient.again():
+                return self.inner(*args, **kwargs)
+
+        return self.surroundings.run(call)
 
     def run(self) -> None:
         """As on one device, with `arguments` that were chosen before any call of the step ran."""

@@ -21,18 +21,21 @@ __all__ = [
     "LIBRARY",
     "SMALL",
     "STEADY",
-    "class_attributes",
-    "functions_of",
+    "Members",
+    "class_members",
+    "is_code",
     "is_iterator",
+    "is_library",
     "named_state",
     "package_of",
+    "reached_functions",
     "slots_of",
-    "static",
 ]
 
 SMALL = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 STEADY = (type, types.ModuleType, types.BuiltinFunctionType, torch.layout, torch.memory_format)
+CODE = (types.FunctionType, types.BuiltinFunctionType, property, staticmethod, classmethod)
 OPEN = (types.SimpleNamespace, threading.local)
 """Objects of the standard library that hold what somebody else puts there."""
 LIBRARY = "torch"
@@ -49,9 +52,22 @@ def is_iterator(value: Any) -> bool:
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
 
 
-def class_attributes(cls: type) -> tuple[str, ...]:
-    """The attributes of a class itself that code may keep something in."""
-    return tuple(key for key, value in vars(cls).items() if _is_state(key, value, package_of(cls)))
+Members = tuple[tuple[str, Any], ...]
+
+
+def class_members(cls: type) -> tuple[Members, Members]:
+    """Of a class itself, what is code, and what code may keep something in; nothing of a library's."""
+    package = package_of(cls)
+    if is_library(package):
+        return (), ()
+    own = vars(cls).items()
+    code = tuple((name, value) for name, value in own if is_code(value))
+    return code, tuple((name, value) for name, value in own if _is_state(name, value, package) and not is_code(value))
+
+
+def is_code(value: Any) -> bool:
+    """Whether an attribute of a class or a module is a function, or is made of some."""
+    return isinstance(value, CODE)
 
 
 def named_state(function: types.FunctionType) -> Iterator[tuple[str, Any, str]]:
@@ -64,7 +80,7 @@ def named_state(function: types.FunctionType) -> Iterator[tuple[str, Any, str]]:
     for place, holder, package in _spaces(function, names):
         space = vars(holder) if isinstance(holder, type) else holder
         for key in names:
-            if key in space and _is_state(key, space[key], package):
+            if key in space and (is_code(space[key]) or (package != LIBRARY and _is_state(key, space[key], package))):
                 yield place, holder, key
 
 
@@ -75,9 +91,9 @@ def _spaces(function: types.FunctionType, names: tuple[str, ...]) -> Iterator[tu
         value = _global(space, name)
         if isinstance(value, types.ModuleType):
             package = value.__name__.partition(".")[0]
-            if not _is_library(package):
+            if package == LIBRARY or not is_library(package):
                 yield f"module {value.__name__}", vars(value), package
-        elif isinstance(value, type) and not _is_library(package_of(value)):
+        elif isinstance(value, type) and not is_library(package_of(value)):
             yield f"class {value.__qualname__}", value, package_of(value)
 
 
@@ -89,7 +105,7 @@ def _global(space: dict[str, Any], name: str) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _is_library(package: str) -> bool:
+def is_library(package: str) -> bool:
     return package == LIBRARY or package in sys.stdlib_module_names
 
 
@@ -112,33 +128,47 @@ def slots_of(kind: type) -> tuple[str, ...]:
     """The attributes of an object that are in no dict; those of the standard library keep what they found out there."""
     found: dict[str, None] = {}
     for cls in kind.__mro__:
-        if not _is_library(package_of(cls)):
+        if not is_library(package_of(cls)):
             slots = vars(cls).get("__slots__", ())
             found |= dict.fromkeys((slots,) if isinstance(slots, str) else slots)
     return tuple(name for name in found if isinstance(getattr(kind, name, None), types.MemberDescriptorType))
 
 
-@lru_cache(maxsize=4096)
-def functions_of(cls: type, forward: Any) -> tuple[types.FunctionType, ...]:
-    """The forward of a class, and the functions of its package that it goes through, as far as their names tell."""
+@lru_cache(maxsize=256)
+def reached_functions(members: frozenset[Members], functions: frozenset[Any]) -> tuple[types.FunctionType, ...]:
+    """The forwards of classes, other functions, and all that these may call, as far as their names tell.
+
+    A name may be that of a global, of a function of a module or class that is a global, or of a method of any class.
+
+    Args:
+        members: the code of each class.
+        functions: others to begin with.
+    """
+    methods: dict[str, list[Any]] = {}
+    for of_class in members:
+        for name, value in of_class:
+            methods.setdefault(name, []).extend(_functions_in(value))
     found: dict[types.FunctionType, None] = {}
-    waiting = [forward]
+    waiting = [*functions, *methods.get("forward", ()), *methods.get("__call__", ())]
     while waiting:
-        function = waiting.pop()
-        if not isinstance(function, types.FunctionType):
-            function = getattr(function, "__wrapped__", function)
-        if not isinstance(function, types.FunctionType) or function in found or package_of(function) == LIBRARY:
-            continue
-        found[function] = None
-        waiting.append(getattr(function, "__wrapped__", None))
-        for name in _names(function.__code__):
-            waiting += [function.__globals__.get(name), static(cls, name)]
+        for function in _functions_in(waiting.pop()):
+            if function in found or is_library(package_of(function)):
+                continue
+            found[function] = None
+            names = _names(function.__code__)
+            waiting.append(getattr(function, "__wrapped__", None))
+            for _, holder, _ in _spaces(function, names):
+                space = vars(holder) if isinstance(holder, type) else holder
+                waiting += [space[name] for name in names if name in space]
+            waiting += [method for name in names for method in methods.get(name, ())]
     return tuple(found)
 
 
-def static(cls: type, name: str) -> Any:
-    """An attribute of a class as it lies there; None if there is none."""
-    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
+def _functions_in(value: Any) -> list[types.FunctionType]:
+    """Those that an attribute of a class is made of."""
+    parts = (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),)
+    plain = [part if isinstance(part, types.FunctionType) else getattr(part, "__wrapped__", None) for part in parts]
+    return [part for part in plain if isinstance(part, types.FunctionType)]
 
 
 @lru_cache(maxsize=4096)

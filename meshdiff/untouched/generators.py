@@ -16,11 +16,12 @@ __all__ = ["default_generators", "is_array", "is_generator", "set_state", "state
 
 def default_generators() -> list[Any]:
     """Generators that are everybody's: of the CPU, of this rank's GPU, Python's own and NumPy's."""
-    if holds_all_ranks():  # a simulation has states of its own for each rank
-        return []
-    on_gpu = [torch.cuda.default_generators[torch.cuda.current_device()]] if torch.cuda.is_initialized() else []
     numpy = sys.modules.get("numpy.random")
-    return [torch.default_generator, *on_gpu, random, *([numpy] if numpy else [])]
+    of_python = [random, *([numpy] if numpy else [])]
+    if holds_all_ranks():  # a simulation has states of torch's for each rank
+        return of_python
+    on_gpu = [torch.cuda.default_generators[torch.cuda.current_device()]] if torch.cuda.is_initialized() else []
+    return [*of_python, torch.default_generator, *on_gpu]
 
 
 def is_generator(value: Any) -> bool:

@@ -331,8 +331,10 @@ class Guidance:
         """Whether tensors that they return can be exchanged; a simulation has one flow of Python for all ranks."""
         dtypes = {tuple(form and form[1] for form in call.form.tensors) for call in calls}
         devices = {call.form.device for call in calls}
-        others = {tuple(map(_kind_of, tree_leaves(call.own))) for call in calls} if is_simulated() else ()
-        return len(dtypes) == len(devices) == 1 and len(others) <= 1
+        if len(dtypes) != 1 or len(devices) != 1:
+            return False
+        kinds = [(tuple(map(_kind_of, tree_leaves(call.own))), call.surroundings) for call in calls]
+        return not is_simulated() or all(kind == kinds[0] for kind in kinds)
 
     def _at_once(self, calls: list[Call]) -> list[Any] | None:
         """Each rank does one of the calls, the last one if there is none for it, and gets the outputs of all."""

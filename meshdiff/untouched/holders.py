@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 import types
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from meshdiff.untouched.weight_samples import SAMPLE
 
-__all__ = ["LITTLE", "Array", "Globals", "Slots", "holds", "put_back"]
+__all__ = ["LITTLE", "Array", "Named", "Slots", "holds", "put_back"]
 
 LITTLE = 1024
 """Elements of a tensor or an array of which there always is a copy: counters, averages, positions."""
@@ -35,11 +36,21 @@ class Array:
         return self.array.copy() if self.array.size <= LITTLE else self.array.flat[:SAMPLE]
 
 
-class Globals:
-    """The globals of a function, of which a few names count."""
+class Named:
+    """The globals of a function, or a class, of which a few names count."""
 
-    def __init__(self, space: dict[str, Any]) -> None:
-        self.space = space
+    def __init__(self, owner: dict[str, Any] | type) -> None:
+        self.owner = owner
+
+    @property
+    def space(self) -> Mapping[str, Any]:
+        return vars(self.owner) if isinstance(self.owner, type) else self.owner
+
+    def put_back(self, name: str, value: Any) -> None:
+        if isinstance(self.owner, type):
+            setattr(self.owner, name, value)
+        else:
+            self.owner[name] = value
 
 
 def holds(holder: Any, content: Any) -> bool:
@@ -52,25 +63,29 @@ def holds(holder: Any, content: Any) -> bool:
     if isinstance(holder, types.CellType):
         return holder.cell_contents is content
     if isinstance(holder, type):
-        return all(vars(holder).get(name, ...) is value for name, value in content.items())
+        return holds(dict(vars(holder)), content)
     if isinstance(holder, Slots):
         return holds(holder.now(), content)
     if isinstance(holder, Array):
         return bool(holder.now().tobytes() == content.tobytes())
-    if isinstance(holder, Globals):
+    if isinstance(holder, Named):
         return all(holder.space.get(name, ...) is value for name, value in content.items())
     return holder == content
 
 
 def put_back(holder: Any, content: Any) -> None:
-    """Let a holder hold again what it held; of a class or of globals, the names that are in `content`."""
+    """Let a holder hold again what it held; of `Named`, those names that are in `content`."""
     if isinstance(holder, types.CellType):
         holder.cell_contents = content
     elif isinstance(holder, type):
+        for name in [name for name in vars(holder) if name not in content]:
+            delattr(holder, name)
         for name, value in content.items():
-            setattr(holder, name, value)
-    elif isinstance(holder, Globals):
-        holder.space.update(content)
+            if vars(holder).get(name, ...) is not value:
+                setattr(holder, name, value)
+    elif isinstance(holder, Named):
+        for name, value in content.items():
+            holder.put_back(name, value)
     elif isinstance(holder, Slots):
         for name in holder.names:
             if name in content:

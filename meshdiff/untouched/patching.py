@@ -20,7 +20,7 @@ from torch import nn
 
 from meshdiff.compat import UNCOMPILED, uncompiled
 
-__all__ = ["KEY", "Entry", "Interception", "original_class", "owners"]
+__all__ = ["KEY", "Entry", "Interception", "original_class", "owners", "set_class"]
 
 KEY = "_meshdiff_interceptions"
 """The attribute of a module that holds its `_Chain`."""
@@ -170,6 +170,11 @@ def owners(module: nn.Module) -> Iterator[object]:
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was intercepted."""
     return getattr(type(module), "_meshdiff_base", type(module))
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """Make a module an instance of a class, which may be one that is intercepted."""
+    _SLOT.__set__(module, cls)  # type: ignore[attr-defined]
 
 
 _SLOT = object.__dict__["__class__"]

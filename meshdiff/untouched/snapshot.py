@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import types
 from collections import OrderedDict, deque
 from functools import partial
@@ -32,17 +33,18 @@ from meshdiff.untouched.code_state import (
     LIBRARY,
     SMALL,
     STEADY,
-    class_attributes,
-    functions_of,
+    Members,
+    class_members,
     is_iterator,
+    is_library,
     named_state,
     package_of,
+    reached_functions,
     slots_of,
-    static,
 )
 from meshdiff.untouched.generators import default_generators, is_array, is_generator, set_state, state_of
-from meshdiff.untouched.holders import LITTLE, Array, Globals, Slots, holds, put_back
-from meshdiff.untouched.patching import KEY, Entry, original_class
+from meshdiff.untouched.holders import LITTLE, Array, Named, Slots, holds, put_back
+from meshdiff.untouched.patching import KEY, Entry, original_class, set_class
 from meshdiff.untouched.weight_samples import WeightSamples
 
 __all__ = ["DICTS", "MEMBERS", "OF_CALLS", "RANDOM", "ModuleSnapshot", "Unrestorable", "version"]
@@ -53,6 +55,7 @@ LONGEST = 256
 """Items of a container that are looked at; longer ones are tables, of which only the length is compared."""
 OF_CALLS = ("_forward_hooks", "_forward_pre_hooks")
 """Of the module itself: they run around its forward, not inside."""
+OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
 MEMBERS = frozenset({"_parameters", "_buffers", "_modules"})
 RANDOM = "random numbers"
 OF_FSDP = "__composable_api_state_key"
@@ -90,9 +93,8 @@ class ModuleSnapshot:
         self._moves = False
         """Whether there is an iterator, of which nobody can see how far it is."""
         self._functions: dict[types.FunctionType, None] = {}
-        self._entries: dict[types.FunctionType, None] = {}
         self._classes: dict[type, None] = {}
-        self._modules: dict[nn.Module, None] = {}
+        self._modules: dict[nn.Module, type] = {}
         self._waiting: list[tuple[str, nn.Module]] = []
         self._parts = self._of_all()
         self._note_random()
@@ -113,6 +115,7 @@ class ModuleSnapshot:
         """The module as it is now; if nothing differs, this snapshot, which takes a third of the time of a new one."""
         same = (
             not self._moves
+            and all(type(part) is cls for part, cls in self._modules.items())
             and not any(self._empty)
             and all(holds(holder, content) for holder, content in self._contents)
             and all(len(items) == length for items, length in self._long)
@@ -159,6 +162,9 @@ class ModuleSnapshot:
                 put_back(holder, content)
         for holder in self._empty:
             holder.clear()
+        for part, cls in self._modules.items():
+            if original_class(part) is not getattr(cls, "_meshdiff_base", cls):
+                set_class(part, cls)
         for source, state in (*self._generators, *self._random):
             if state_of(source) != state:
                 set_state(source, state)
@@ -193,6 +199,12 @@ class ModuleSnapshot:
         for place, own in self._of_code().items():
             parts[place] = own
         self._of_waiting(parts)
+        environment = os.environ._data  # type: ignore[attr-defined]  # itself it is made anew of this at every read
+        self._contents.append((environment, dict(environment)))
+        parts["os.environ"] = {key.decode(errors="replace"): value for key, value in environment.items()}
+        parts["hooks of all modules"] = {
+            key: self._of_attributes(getattr(nn.modules.module, key), key) for key in OF_ALL_MODULES
+        }
         return parts
 
     def _of_waiting(self, parts: dict[str, dict[Any, Any]]) -> None:
@@ -201,7 +213,7 @@ class ModuleSnapshot:
             name, part = self._waiting.pop()
             if part in self._modules:
                 continue
-            self._modules[part] = None
+            self._modules[part] = type(part)
             self._classes[original_class(part)] = None
             parts[name] = self._of_module(name, part)
             for key, child in part._modules.items():
@@ -210,7 +222,7 @@ class ModuleSnapshot:
 
     def _of_module(self, name: str, part: nn.Module) -> dict[Any, Any]:
         # Most of what a module has are dicts of hooks that are empty, and this is to take no time.
-        own, facts = vars(part), {}
+        own, facts = vars(part), dict[Any, Any]({"its class": id(original_class(part))})
         self._contents.append((own, dict(own)))
         for key, value in own.items():
             kind = type(value)
@@ -234,40 +246,43 @@ class ModuleSnapshot:
     def _of_code(self) -> dict[str, dict[Any, Any]]:
         """What forwards, hooks and processors name in their globals, and the attributes of classes and functions."""
         facts: dict[str, dict[Any, Any]] = {}
-        classes, functions = set[type](), set[types.FunctionType]()
+        code: dict[type, Members] = {}
+        functions: set[types.FunctionType] = set()
         while True:
-            new = [base for cls in self._classes for base in cls.__mro__ if base not in classes]
-            for cls in dict.fromkeys(new):
-                classes.add(cls)
-                self._of_class(cls, facts)
-            named = dict.fromkeys(self._entries)
-            for function in self._functions:
-                named |= dict.fromkeys(functions_of(object, function))
-            found = [function for function in named if function not in functions]
+            for cls in [base for known in self._classes for base in known.__mro__]:
+                if cls not in code:
+                    code[cls] = self._of_class(cls, facts)
+            reached = reached_functions(frozenset(code.values()), frozenset(self._functions))
+            found = [function for function in reached if function not in functions]
             if not found:
                 return facts
             for function in found:
                 functions.add(function)
                 self._of_names(function, facts)
 
-    def _of_class(self, cls: type, facts: dict[str, dict[Any, Any]]) -> None:
-        if cls in self._classes:
-            self._entries |= dict.fromkeys(functions_of(cls, static(cls, "forward") or static(cls, "__call__")))
-        if package_of(cls) != LIBRARY and cls is not object and (names := class_attributes(cls)):
-            self._contents.append((cls, {key: vars(cls)[key] for key in names}))
-            place = facts.setdefault(f"class {cls.__qualname__}", {})
-            place.update({key: self._fact(vars(cls)[key], f"{cls.__qualname__}.{key}") for key in names})
+    def _of_class(self, cls: type, facts: dict[str, dict[Any, Any]]) -> Members:
+        code, state = class_members(cls)
+        if not is_library(package_of(cls)):
+            self._contents.append((cls, dict(vars(cls))))
+            place = facts.setdefault(f"class {cls.__module__}.{cls.__qualname__}", {})
+            place.update({key: id(value) for key, value in code})
+            place.update({key: self._fact(value, f"{cls.__qualname__}.{key}") for key, value in state})
+        return code
 
     def _of_names(self, function: types.FunctionType, facts: dict[str, dict[Any, Any]]) -> None:
         for place, holder, key in named_state(function):
             space = vars(holder) if isinstance(holder, type) else holder
             if key not in (found := facts.setdefault(place, {})):
-                self._contents.append((holder if space is not holder else Globals(space), {key: space[key]}))
+                self._contents.append((Named(holder), {key: space[key]}))
                 found[key] = self._fact(space[key], f"{place.partition(' ')[2]}.{key}")
         held = function.__dict__, function.__defaults__, function.__kwdefaults__, function.__closure__
         if any(held):
             place = f"function {function.__module__}.{function.__qualname__}"
-            facts.setdefault(place, {})[id(function)] = self._fact(held[:3], place), self._of_function(function, place)
+            own = facts.setdefault(place, {})
+            own[f"variables {len(own)}" if own else "variables"] = (
+                self._fact(held[:3], place),
+                self._of_function(function, place),
+            )
 
     def _of_tensor(self, tensor: Tensor, name: str) -> Any:
         if tensor.is_meta:  # where a hook keeps weights elsewhere: it holds nothing
@@ -284,7 +299,9 @@ class ModuleSnapshot:
             self._weights.append(value)
             return self._of_tensor(value, name)
         if isinstance(value, CONTAINERS):
-            return self._of_container(value, name)
+            own = getattr(value, "__dict__", None)  # of a class of its own
+            items = self._of_container(value, name)
+            return (self._of_attributes(own, name), items) if type(own) is dict else items
         if kind is Entry:
             return self._fact(value.inner, name)
         if isinstance(value, nn.Module):  # that is nobody's child: of a list, an object, a closure
@@ -318,14 +335,17 @@ class ModuleSnapshot:
         self._classes[kind] = None
         held: Any = {}
         if type(inner) is dict:
-            if not inner:
-                self._empty.append(inner)
-            held = self._of_container(inner, name)
+            held = self._of_attributes(inner, name)
         if slots:
             in_slots = Slots(value, slots)
             self._contents.append((in_slots, in_slots.now()))
             held = {key: self._fact(item, f"{name}.{key}") for key, item in in_slots.now().items()} | {"": held}
         return id(value), held
+
+    def _of_attributes(self, attributes: dict[str, Any], name: str) -> Any:
+        if not attributes:
+            self._empty.append(attributes)
+        return self._of_container(attributes, name)
 
     def _of_array(self, array: Any) -> Any:
         held = Array(array)
