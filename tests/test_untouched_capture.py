@@ -179,6 +179,15 @@ def as_another_class(model):
     model.blocks[0].attn_in.__class__ = Doubled
 
 
+def own_class(model):
+    model.blocks[1].__class__ = type("Own", (model.blocks[1].__class__,), {})
+
+
+def patch_the_class(model):
+    cls = model.blocks[1].__class__
+    cls.forward = lambda self, tokens: super(cls, self).forward(tokens) * 2
+
+
 class Doubled(nn.Linear):
     def forward(self, tokens):
         return super().forward(tokens) * 2
@@ -283,6 +292,9 @@ CASES = {
     "deep inside": Case([*MANY, change(set_deep_inside), *MANY], helper, runs=7, programs=1, told="Captured"),
     "another layout": Case([*MANY, change(lay_out_otherwise), *MANY], runs=7, programs=1, told="Captured"),
     "another class": Case([*MANY, change(as_another_class), *MANY], runs=7, programs=1, told="Captured"),
+    "a patched class": Case(
+        [*MANY, change(patch_the_class), *MANY], runs=7, programs=1, told="Captured", before=own_class
+    ),
     "an iterator": Case(MANY, iterator, told="numbers, a count, of which a change could not be seen"),
     "a generator": Case(MANY, generator, told="generator, a Generator, of which a change could not be seen"),
     "a tensor elsewhere": Case(MANY, elsewhere, told="writes to what it has not made"),

@@ -29,6 +29,7 @@ class Kind:
         grew: how many of them added to what the model holds.
         form: of what they return; None until one has run that left the model as it was.
         on_rows: whether ranks can do rows of the batch; None until that was tried.
+        alike: tensors of as many rows as the batch that were all the same when that was tried: it told nothing of them.
         seen: the model with which that was tried last.
         retries: how often it was tried again, as the model had changed.
     """
@@ -37,6 +38,7 @@ class Kind:
     grew: int = 0
     form: OutputForm | None = None
     on_rows: bool | None = None
+    alike: frozenset[int] = frozenset()
     seen: ModuleSnapshot | None = None
     retries: int = 0
 

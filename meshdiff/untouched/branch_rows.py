@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meshdiff.agreement import from_every_rank
 from meshdiff.attention.problem import chunk_ranges
-from meshdiff.simulation import on_each_rank
-from meshdiff.untouched.branch_calls import Call, others_can_hear
+from meshdiff.simulation import on_each_rank, outside, rank_values
+from meshdiff.untouched.branch_calls import Call, Kind, batch_of, others_can_hear
 from meshdiff.untouched.branch_exchange import Form, exchange, fits
 from meshdiff.untouched.compare import difference, tolerance
 from meshdiff.untouched.deferred import OutputForm
 from meshdiff.untouched.retreat import explain
 from meshdiff.untouched.snapshot import ModuleSnapshot
 
-__all__ = ["joined", "row_forms", "rows_of", "try_rows"]
+__all__ = ["alike_rows", "has_other_rows", "joined", "row_forms", "rows_of", "try_rows"]
 
 
 def rows_of(call: Call, mesh: DeviceMesh) -> Any:
@@ -32,6 +32,29 @@ def rows_of(call: Call, mesh: DeviceMesh) -> Any:
         return _rows(ranges, rank, value) if value.ndim and value.shape[0] == batch else value
 
     return tree_map_only(Tensor, of_rank, call.own)
+
+
+def alike_rows(args: Any, kwargs: Any, among: frozenset[int] | None = None) -> frozenset[int]:
+    """The tensors among arguments (by their place) that have a row for each of the batch, all of them the same.
+
+    Args:
+        args, kwargs: of a call.
+        among: look at these only.
+    """
+    batch, found = batch_of(args, kwargs), set()
+    for place, leaf in enumerate(tree_leaves((args, kwargs))):
+        wanted = among is None or place in among
+        if wanted and isinstance(leaf, Tensor) and not leaf.is_nested and leaf.ndim and leaf.shape[0] == batch:
+            with outside(), torch.no_grad():
+                own = rank_values(leaf)[0]
+                if torch.equal(own, own[:1].expand_as(own)):
+                    found.add(place)
+    return frozenset(found)
+
+
+def has_other_rows(kind: Kind, args: Any, kwargs: Any) -> bool:
+    """Whether a call has tensors of several rows where those were all the same when rows were tried."""
+    return bool(kind.alike) and alike_rows(args, kwargs, kind.alike) != kind.alike
 
 
 def row_forms(call: Call, mesh: DeviceMesh) -> list[list[Form]]:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.untouched.code_state import SMALL
+from meshdiff.untouched.code_state import SMALL, is_library, package_of
 from meshdiff.untouched.patching import KEY, Entry, original_class
 from meshdiff.untouched.snapshot import DICTS, MEMBERS, OF_CALLS
 
@@ -55,6 +55,7 @@ class Facts:
         self._kept: list[Any] = []  # an id says which object it is only while that lives
         self._seen: set[int] = set()
         self._parts: dict[str, Any] = {}
+        self._classes: dict[type, None] = {}
         self._waiting: list[tuple[str, nn.Module]] = [("", module)]
         while self._waiting:
             name, part = self._waiting.pop()
@@ -62,6 +63,11 @@ class Facts:
                 self._seen.add(id(part))
                 self._kept.append(part)
                 self._parts[name] = self._of_part(name, part)
+        self._parts["its classes"] = {
+            f"{cls.__module__}.{cls.__qualname__}": self._of_class(cls)
+            for cls in {base: None for own in self._classes for base in own.__mro__}
+            if not is_library(package_of(cls))
+        }
 
     def changed(self, now: Facts) -> str:
         """The name of something that is another one in `now`; "" if there is nothing."""
@@ -85,6 +91,7 @@ class Facts:
         if not name:
             for key in OF_CALLS:
                 facts.pop(key, None)
+        self._classes[original_class(part)] = None
         facts["its class"] = original_class(part), *map(type, own.values())
         for members in (part._parameters, part._buffers):
             facts.update(
@@ -95,6 +102,11 @@ class Facts:
             if child is not None:
                 self._waiting.append((f"{name}.{key}".lstrip("."), child))
         return facts
+
+    def _of_class(self, cls: type) -> tuple[int, ...]:
+        members = tuple(vars(cls).values())
+        self._kept.append(members)
+        return tuple(map(id, members))
 
     def _of_tensor(self, tensor: Tensor, name: str) -> Any:
         self._kept.append(tensor)

@@ -29,7 +29,7 @@ from meshdiff.attention.checks import is_checked
 from meshdiff.simulation import is_simulated, on_each_rank
 from meshdiff.untouched.branch_calls import Call, Failure, Kind, Written, batch_of, others_can_hear
 from meshdiff.untouched.branch_exchange import Form, exchange, fits
-from meshdiff.untouched.branch_rows import joined, row_forms, rows_of, try_rows
+from meshdiff.untouched.branch_rows import alike_rows, has_other_rows, joined, row_forms, rows_of, try_rows
 from meshdiff.untouched.calls import is_due, signature_of
 from meshdiff.untouched.compare import has_numbers
 from meshdiff.untouched.deferred import OutputForm
@@ -96,16 +96,15 @@ class Guidance:
         self.undivided = self._why_not(args, kwargs)
         if self.undivided:
             self._run()
-            return inner(*args, **kwargs)
         kind = self._kind(args, kwargs)
         self._number += 1
         if is_checked() or kind.calls == 1:
             check_alike(self.mesh, self.module, (args, kwargs))
         elif is_due(kind.calls):
             check_inputs(self.mesh, self.module, (args, kwargs), f"{self._name}/{next(self._checks)}")
-        if self.fallback:
+        if self.fallback or self.undivided:
             return inner(*args, **kwargs)
-        if kind.form is None or (kind.on_rows and self._has_changed(kind)):
+        if kind.form is None or (kind.on_rows and (self._has_changed(kind) or has_other_rows(kind, args, kwargs))):
             self._run()
             return self._try(kind, inner, args, kwargs)
         call = Call(inner, (args, kwargs), kind, Ambient.now(self.mesh.device_type))
@@ -219,7 +218,7 @@ class Guidance:
             if reason:
                 what = f"the {call.batch} rows of a batch apart from each other ({reason})"
                 self._warn(f"does not do {what}; every rank of cfg does all of them")
-            kind.on_rows, kind.seen = not reason, self._now()
+            kind.on_rows, kind.seen, kind.alike = not reason, self._now(), alike_rows(args, kwargs)
             return output if reason else found
         return output
 
