@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from meshdiff.placements import WHOLE
 from meshdiff.shards import contiguous_stride, to_shard, wrap
 from meshdiff.simulation import on_each_rank
 
-__all__ = ["all_gather", "known", "on_shards", "uncompiled", "with_timeout_of_world"]
+__all__ = ["all_gather", "known", "on_shards", "uncompiled", "with_timeout_of_world", "without_compiling"]
 
 LINEAR_TAKES_SHARDS = torch.__version__ >= "2.13"  # which compares numbers
 
@@ -60,6 +61,11 @@ def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 UNCOMPILED = "it is on a mesh; compile what each rank runs instead: meshdiff.parallelize(..., capture=torch.compile)"
 _disabled: Callable[..., Any] | None = None
+
+
+def without_compiling() -> AbstractContextManager[Any]:
+    """What is compiled runs as it was in the body: dynamo cannot trace code that runs under modes of ours."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,19 @@ def a_block(model: Model) -> Callable:
     return model
 
 
+def a_part_of_a_block(model: Model) -> Callable:
+    block = model.attention_blocks[0]
+    name = next(name for name, part in block.named_children() if isinstance(part, nn.Linear))
+    setattr(block, name, torch.compile(getattr(block, name), backend=noted))
+    return model
+
+
+def code_in_a_block(model: Model) -> Callable:
+    forward = model.attention_blocks[0].forward
+    model.attention_blocks[0].forward = torch.compile(forward, backend=noted)
+    return model
+
+
 def the_model(model: Model) -> Callable:
     nn.Module.compile(model, backend=noted)
     return model
@@ -48,7 +61,7 @@ if __name__ == "__main__":
     init_distributed()
     given = inputs()
     with torch.no_grad():
-        for compiled in (a_block, the_model, code_around):
+        for compiled in (a_block, a_part_of_a_block, code_in_a_block, the_model, code_around):
             model, expected = Model(), Model()(**given)
             parallelize(model, init_mesh(Layout(cp=2), "cpu")["cp"])
             model(**given)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from meshdiff.agreement import is_of_collective
 from meshdiff.attention.checks import is_checked
 from meshdiff.attention.choice import AUTO
+from meshdiff.compat import without_compiling
 from meshdiff.simulation import holds_all_ranks
 from meshdiff.untouched.aliases import Aliases
 from meshdiff.untouched.blocks import become_shards, find_blocks, shard_tokens
@@ -286,6 +287,7 @@ class Parallelized:
                 if torch.is_inference_mode_enabled():  # in which nothing counts writes to tensors
                     stack.enter_context(torch.inference_mode(False))
                     stack.enter_context(torch.no_grad())
+                stack.enter_context(without_compiling())
                 stack.enter_context(implicit_replication())
                 if run.recorder is not None:
                     stack.enter_context(run.recorder)
