@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+OF_GLOO = re.compile(r"\bgloo\b", re.IGNORECASE)
+"""In what gloo says, whose errors have no class of their own."""
+
 
 def is_first_rank(mesh: DeviceMesh | None = None) -> bool:
     """Whether this rank does the talking and the writing, of a mesh or of the world."""
@@ -35,18 +39,34 @@ def is_first_rank(mesh: DeviceMesh | None = None) -> bool:
     return dist.get_rank() == 0 if mesh is None else not any(mesh.get_coordinate() or ())
 
 
-def from_every_rank(value: T, mesh: DeviceMesh | None = None) -> list[T]:
-    """The `value` of every rank, of a mesh or of the world, in the order of ranks, on every rank; a collective."""
+def from_every_rank(value: T, mesh: DeviceMesh | None = None, what: str = "") -> list[T]:
+    """The `value` of every rank, of a mesh or of the world, in the order of ranks, on every rank; a collective.
+
+    Args:
+        value: what `pickle` takes.
+        mesh: the ranks that meet here; by default all.
+        what: what they meet for, where a rank may have gone another way.
+
+    Raises:
+        RuntimeError: on every rank, if they do not all meet for `what`.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulated():
         return [value]
-    values = [value]
+    values = [(what, value)]
     groups = [None] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
     for group in reversed(groups):  # neighbours are along the last dim
         if dist.get_world_size(group) > 1:
-            gathered: list[list[T]] = [values] * dist.get_world_size(group)
+            gathered: list[list[tuple[str, T]]] = [values] * dist.get_world_size(group)
             dist.all_gather_object(gathered, values, group=group)
             values = list(chain.from_iterable(gathered))
-    return values
+    for rank, (of_rank, _) in enumerate(values):
+        if of_rank != what:
+            here, there = what or "something else", of_rank or "something else"
+            raise RuntimeError(
+                f"ranks do not do the same: one is at {here}, rank {rank} of this mesh at {there}; one that ended "
+                "a call with an error of its own, out of memory say, cannot go on alone"
+            )
+    return [of_rank for _, of_rank in values]
 
 
 @contextmanager
@@ -102,4 +122,4 @@ def after_first_rank(name: str) -> None:
 
 def is_of_collective(error: BaseException) -> bool:
     """Whether it says that a collective failed, which a rank that is missing makes it do."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(OF_GLOO.search(str(error))))

@@ -52,12 +52,22 @@ def decode_list(data: bytes, source: str) -> str:
     if data.startswith(wide) or 4 * data.count(0) > len(data):  # every other byte of English without a mark is 0
         longest = data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or 2 * data.count(0) > len(data)
         raise _not_utf8(source, "", "UTF-32" if longest else "UTF-16")
+    if _has_wide_lines(data):
+        raise _not_utf8(source, "", "UTF-16")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = len(re.split(rb"\r\n|\r|\n", data[: error.start]))
         raise _not_utf8(source, f" in line {line}", "LATIN1") from error
+
+
+def _has_wide_lines(data: bytes) -> bool:
+    """Whether every line ends with two bytes, as in UTF-16 without a mark, also of letters that have no zeros."""
+    ends = [place for place, byte in enumerate(data) if byte == ord("\n")]
+    little = all(place % 2 == 0 and data[place + 1 : place + 2] == b"\0" for place in ends)
+    big = all(place % 2 == 1 and data[place - 1] == 0 for place in ends)
+    return len(data) % 2 == 0 and bool(ends) and (little or big)
 
 
 def _not_utf8(source: str, where: str, encoding: str) -> InputError:

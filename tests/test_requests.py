@@ -31,6 +31,9 @@ def test_wide_encodings_are_named_with_the_command_that_helps(encoding):
     command = re.escape(f"iconv -f {guess} -t UTF-8")
     with pytest.raises(InputError, match=f"--prompts: list.txt is not UTF-8; .*{command}$"):
         decode_list("a 7 moving left\na 3".encode(encoding), "list.txt")
+    if "16" in encoding:  # of letters without a byte that is 0
+        with pytest.raises(InputError, match=f"--prompts: list.txt is not UTF-8; .*{command}$"):
+            decode_list("\u732b\u732b\u732b\u732b\n\u732b\u732b\u732b\u732b".encode(encoding), "list.txt")
 
 
 @pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])

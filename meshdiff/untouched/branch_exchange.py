@@ -68,8 +68,9 @@ def exchange(
             numbers, failed = rows[:, -2:].cpu().to(torch.complex64).real.T.tolist()
             if len(set(numbers)) > 1:
                 raise RuntimeError(
-                    "ranks of cfg do not call the model alike: one of them used an output, or changed the model, "
-                    "between the calls of a step, and the others did not; do on every rank what one does"
+                    "ranks of cfg do not call the model alike: one of them used an output or changed the model "
+                    "between the calls of a step, or ended a call with an error of its own (out of memory, say) "
+                    "and went on, and the others did not; do on every rank what one does"
                 )
             if any(failed):
                 return None

@@ -104,14 +104,14 @@ def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh, num
     now = before.again()
     if now is not before:
         before.restore(now)
-    reasons, output = from_every_rank(reason, mesh), None
+    reasons, output = from_every_rank(reason, mesh, f"rows of call {number}"), None
     if not any(reasons):
         parts = exchange(own, forms, mesh, call.device, number)
         assert parts is not None
         output = joined(call, parts, mesh)
         apart = difference(output, expected)
         off = "" if apart <= tolerance(expected) else f"it gives something else for them ({apart:.1e} apart)"
-        reasons = from_every_rank(off, mesh)
+        reasons = from_every_rank(off, mesh, f"the outputs of rows of call {number}")
     return output, next(filter(None, reasons), "")
 
 

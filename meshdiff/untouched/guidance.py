@@ -175,7 +175,9 @@ class Guidance:
         now = self._now()
         grew = before.only_grew(now)
         told = from_every_rank(
-            (explain(error) if error else "", before.changed(now), grew, given.was_written()), self.mesh
+            (explain(error) if error else "", before.changed(now), grew, given.was_written()),
+            self.mesh,
+            f"the end of call {self._number}",
         )
         error = error or self._of_other_rank([of_rank[0] for of_rank in told])
         if error is not None:
@@ -322,7 +324,8 @@ class Guidance:
         self._run_each(calls)
         if not shared:
             return
-        told = from_every_rank([explain(call.error) if call.error else "" for call in calls], self.mesh)
+        errors = [explain(call.error) if call.error else "" for call in calls]
+        told = from_every_rank(errors, self.mesh, f"the end of calls to {self._number}")
         for call, of_ranks in zip(calls, zip(*told, strict=True), strict=True):
             call.error = call.error or self._of_other_rank(of_ranks)
 
@@ -391,7 +394,7 @@ class Guidance:
                 self._state = None
         except Unrestorable as error:
             lost = str(error)
-        told = from_every_rank((own, lost), self.mesh)
+        told = from_every_rank((own, lost), self.mesh, f"a part of call {self._number} that failed")
         kept = next((of_rank.kept for of_rank, _ in told if of_rank.kept), "")
         if kept:
             self._fall_back(f"keeps something from one call to the next ({kept})")

@@ -41,7 +41,10 @@ def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bo
     def facts(rank: int | None = None) -> list[Facts]:
         return [_facts(_given(arguments), sha256, rank), _facts(held, sum_of_bits, rank)]
 
-    ranks = [facts(rank) for rank in mesh.mesh.flatten().tolist()] if is_simulated() else from_every_rank(facts(), mesh)
+    if is_simulated():
+        ranks = [facts(rank) for rank in mesh.mesh.flatten().tolist()]
+    else:
+        ranks = from_every_rank(facts(), mesh, "the comparison of inputs and weights")
     _compare(module, ranks)
 
 
