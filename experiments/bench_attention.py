@@ -36,9 +36,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from meshdiff import Layout, explain_strategy, init_mesh, mesh_attention
-from meshdiff.agreement import from_every_rank
-from meshdiff.launch import end_process, start_ranks
-from meshdiff.mesh import place
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.launch import end_process, start_ranks
+from meshdiff.distributed.mesh import place
 
 LIMIT = "limit: nothing sent"
 Contender = Callable[[], Tensor]
@@ -202,7 +202,7 @@ def contenders(config: Config, seq: int, mesh: DeviceMesh) -> tuple[dict[str, Co
             outcome = "" if right else f"wrong: {list(result.shape)} where {list(expected.shape)} is right"
         except Exception as error:
             outcome = _first_line(error)
-        problems = [problem for problem in from_every_rank(outcome) if problem]
+        problems = [problem for problem in all_gather_object(outcome) if problem]
         if problems:
             refused[name] = problems[0]
             del candidates[name]
@@ -227,7 +227,7 @@ def measure(config: Config, seq: int, mesh: DeviceMesh) -> dict:
                 running[name]()
             if mesh.device_type == "cuda":
                 torch.cuda.synchronize()
-            taken = max(from_every_rank(time.perf_counter() - start))
+            taken = max(all_gather_object(time.perf_counter() - start))
             if round_number:  # the first round warms up
                 seconds[name].append(taken)
     return {"seconds": seconds, "refused": refused}

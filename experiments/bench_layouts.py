@@ -31,8 +31,8 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meshdiff import CommsCounter, Layout, Pipeline, Request, init_mesh
-from meshdiff.agreement import from_every_rank
-from meshdiff.launch import end_process, start_ranks
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.launch import end_process, start_ranks
 from meshdiff.models import RandomModel, RandomShape
 
 
@@ -86,7 +86,7 @@ def median_step(pipeline: Pipeline, request: Request) -> float:
     ends = [time.perf_counter()]
     pipeline.generate(request, on_step=lambda step: ends.append(time.perf_counter()))
     steps = [end - start for start, end in pairwise(ends[1:])]
-    return max(from_every_rank(statistics.median(steps)))
+    return max(all_gather_object(statistics.median(steps)))
 
 
 def measure(config: Config, layout: Layout, scale: float) -> dict[str, Any]:

@@ -43,10 +43,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from wan_sides import Case, divide_theirs, inputs, randomize, reference
 
 from meshdiff import CommsCounter, Layout, init_mesh
-from meshdiff.agreement import from_every_rank
+from meshdiff.autoshard import parallelize
+from meshdiff.autoshard.capture import graph_capture as capture
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.launch import end_process, start_ranks
 from meshdiff.integrations.diffusers import parallelize as parallelize_guided
-from meshdiff.launch import end_process, start_ranks
-from meshdiff.untouched import capture, parallelize
 
 OURS, THEIRS, ALONE = "meshdiff.parallelize", "diffusers' Ulysses", "one rank, the others idle"
 CAPTURED = "meshdiff.parallelize, captured"
@@ -245,7 +246,7 @@ def measure(config: Config, name: str, mesh: DeviceMesh) -> dict[str, Any]:
     errors, compared = {}, [side for side in running if side not in (LIMIT, ALONE)]
     for side in compared:
         found = max(float((running[side]() - expected).norm() / expected.norm()) for _ in range(CALLS))
-        errors[side] = max(from_every_rank(found))
+        errors[side] = max(all_gather_object(found))
     comms = {side: sent(running[side], mesh) for side in compared}
     if dist.get_rank():
         running[ALONE] = lambda: None

@@ -52,11 +52,11 @@ from wan_sides import (
 )
 
 from meshdiff import Layout, explain_strategy, init_mesh
-from meshdiff.agreement import from_every_rank
-from meshdiff.launch import end_process, start_ranks
-from meshdiff.mesh import place
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.launch import end_process, start_ranks
+from meshdiff.distributed.mesh import place
+from meshdiff.distributed.placements import SEQUENCE
 from meshdiff.models.wan import unpatchify
-from meshdiff.placements import SEQUENCE
 
 OURS, OURS_WITH_TEXT, THEIRS = "meshdiff", "meshdiff, text projected each time", "diffusers"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -106,12 +106,12 @@ def interleaved(contenders: dict[str, Callable[[], Any]], rounds: int, device: s
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(rounds + 1):
         for name in random.Random(round_number).sample(list(contenders), len(contenders)):
-            from_every_rank(None)
+            all_gather_object(None)
             start = time.perf_counter()
             contenders[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
-            taken = max(from_every_rank(time.perf_counter() - start))
+            taken = max(all_gather_object(time.perf_counter() - start))
             if round_number:
                 seconds[name].append(taken)
     return seconds

@@ -20,28 +20,28 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
-from meshdiff.agreement import agreed, from_every_rank, is_first_rank
-from meshdiff.batch import RESULTS, Counter, Record, fresh, resume, take_turns
-from meshdiff.comms import CommsCounter
+from meshdiff.cli.media import write_video
+from meshdiff.cli.metrics import PeakMemory, RunMetrics, Timer, collect
+from meshdiff.cli.output import COMPLETE, output_folder, remove_partial
+from meshdiff.cli.queue import RESULTS, Counter, Record, fresh, resume, take_turns
+from meshdiff.cli.request_list import Entry
+from meshdiff.diffusion.request import Request
+from meshdiff.distributed.comms import CommsCounter
+from meshdiff.distributed.consensus import agreed, all_gather_object, is_first_rank
+from meshdiff.distributed.launch import report_failure
+from meshdiff.distributed.mesh import Layout, init_mesh
+from meshdiff.distributed.simulation import simulate
+from meshdiff.distributed.world import recall, remember
 from meshdiff.errors import InputError
-from meshdiff.launch import report_failure
-from meshdiff.media import write_video
-from meshdiff.mesh import Layout, init_mesh
-from meshdiff.metrics import PeakMemory, RunMetrics, Timer, collect
 from meshdiff.models import VideoModel
-from meshdiff.output import COMPLETE, output_folder, remove_partial
 from meshdiff.pipeline import Pipeline, check_strategy, prepare_request
-from meshdiff.request import Request
-from meshdiff.requests import Entry
-from meshdiff.simulation import simulate
-from meshdiff.world import recall, remember
 
 if TYPE_CHECKING:
     from run import Config
 
 
 @contextlib.contextmanager
-def started(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
+def model_on_mesh(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
     """The model on its mesh, in this world or in a simulated one."""
     with simulate(layout.world_size) if config.simulate else contextlib.nullcontext():
         with agreed():
@@ -183,7 +183,7 @@ def output_of_run(config: Config, layout: Layout) -> tuple[Path, Literal["nothin
     if is_first_rank() and (earlier := recall("out")) is not None:
         out = Path(earlier)
         before = "complete" if (out / COMPLETE).is_file() and not config.overwrite else "begun"
-    return from_every_rank((out, before))[0]
+    return all_gather_object((out, before))[0]
 
 
 def make_clip(config: Config, layout: Layout) -> None:
@@ -209,7 +209,7 @@ def make_clip(config: Config, layout: Layout) -> None:
                 wandb_run = start_wandb(config, layout, folder)
         with progress_bar(console) as progress:
             task = progress.add_task("loading weights", total=request.steps)
-            with started(config, layout, model) as pipeline:
+            with model_on_mesh(config, layout, model) as pipeline:
                 video, metrics = generate(
                     config,
                     layout,
@@ -235,7 +235,7 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
     with agreed():
         model = config.open_model()
         check_strategy(model, layout, config.strategy)
-        ready, refused = prepared(model, layout, entries)
+        ready, refused = split_valid(model, layout, entries)
         left: list[Entry] = []
         if is_first_rank():
             left = begin_list(out, config.resume or before == "begun", config, ready, refused)
@@ -243,11 +243,11 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
             if len(left) < len(ready):
                 console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
     # The longest first: what replicas do last, while others may have nothing left to do, is then short.
-    left = sorted(from_every_rank(left)[0], key=lambda entry: -work(model, ready[entry]))
+    left = sorted(all_gather_object(left)[0], key=lambda entry: -estimated_cost(model, ready[entry]))
     failures = Counter("failures")
-    with started(config, layout, model) as pipeline, progress_bar(console) as progress:
+    with model_on_mesh(config, layout, model) as pipeline, progress_bar(console) as progress:
         start, first = time.perf_counter(), is_first_rank(pipeline.mesh)
-        together = Together(progress, first, len(left), sum(ready[entry].steps or 1 for entry in left))
+        together = SharedProgress(progress, first, len(left), sum(ready[entry].steps or 1 for entry in left))
         with wandb_of_list(config, layout, out, first and bool(left)) as wandb_run:
             for item in take_turns(pipeline.mesh, len(left), Counter("next")):
                 entry = left[item]
@@ -268,7 +268,7 @@ def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
     return 1 if failed else 0
 
 
-def prepared(model: VideoModel, layout: Layout, entries: list[Entry]) -> tuple[dict[Entry, Request], list[Record]]:
+def split_valid(model: VideoModel, layout: Layout, entries: list[Entry]) -> tuple[dict[Entry, Request], list[Record]]:
     """The requests that can be done, with nothing left open, and a record of each that cannot."""
     ready, refused = {}, []
     for entry in entries:
@@ -281,7 +281,7 @@ def prepared(model: VideoModel, layout: Layout, entries: list[Entry]) -> tuple[d
     return ready, refused
 
 
-def work(model: VideoModel, request: Request) -> int:
+def estimated_cost(model: VideoModel, request: Request) -> int:
     """How long a request takes, in no unit: tokens that go through the transformer."""
     return math.prod(model.grid(request)) * (request.steps or 1) * len(request.branches)
 
@@ -339,7 +339,7 @@ def make_entry(
         Record(entry.line, entry.name, "ok", seconds=metrics.seconds_total, replica=pipeline.replica).append(out)
 
 
-class Together:
+class SharedProgress:
     """One bar for what all replicas do; they tell of it through counters, so that none waits for another."""
 
     def __init__(self, progress: Progress, first: bool, requests: int, steps: int) -> None:

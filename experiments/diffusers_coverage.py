@@ -26,12 +26,12 @@ from tiny_diffusers import TINY, Tiny
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.agreement import is_first_rank
+from meshdiff.autoshard import Report, parallelize
+from meshdiff.autoshard.numerics import difference, float_tensors
+from meshdiff.distributed.consensus import is_first_rank
+from meshdiff.distributed.launch import end_process, start_ranks
+from meshdiff.distributed.mesh import Layout, init_distributed, init_mesh, launched_world_size
 from meshdiff.errors import InputError
-from meshdiff.launch import end_process, start_ranks
-from meshdiff.mesh import Layout, init_distributed, init_mesh, launched_world_size
-from meshdiff.untouched import Report, parallelize
-from meshdiff.untouched.compare import difference, float_tensors
 
 BOUND = 1e-5
 INTRODUCTION = """\

@@ -20,11 +20,11 @@ from rich.table import Table
 from sklearn.svm import SVC
 from torch import Tensor
 
-from meshdiff.guidance import classifier_free
+from meshdiff.diffusion.guidance import classifier_free
+from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.sampling import SOLVERS, flow_times, sample
 from meshdiff.models.digits import WEIGHTS, DigitsModel
-from meshdiff.models.prompts import DIRECTIONS, Prompt, parse_prompt
-from meshdiff.request import Request
-from meshdiff.sampling import SOLVERS, flow_times, sample
+from meshdiff.models.digits_prompts import DIRECTIONS, Prompt, parse_prompt
 
 DEFAULT = Request()
 

@@ -12,9 +12,9 @@ import textwrap
 
 from run import Config
 
-from meshdiff.integrations.pipelines import DiffusersRequest
+from meshdiff.diffusion.request import Request
+from meshdiff.integrations.diffusers_model import DiffusersRequest
 from meshdiff.models import RandomShape, WanRequest
-from meshdiff.request import Request
 
 TITLES = {
     Config: "The run",

@@ -24,8 +24,8 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meshdiff.cli.output import output_folder
 from meshdiff.errors import InputError
-from meshdiff.output import output_folder
 
 WORDS = (
     "a an the and of on in with at to from over through is it its two one small big old young red green blue white "

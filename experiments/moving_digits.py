@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from meshdiff.models.prompts import DIRECTIONS, SPEEDS, Prompt
+from meshdiff.models.digits_prompts import DIRECTIONS, SPEEDS, Prompt
 
 DIGIT_SIZE = 16
 """Side of a digit in pixels."""

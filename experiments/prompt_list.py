@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meshdiff.agreement import after_first_rank, from_every_rank
+from meshdiff.cli.request_list import decode_list
+from meshdiff.distributed.consensus import after_first_rank, all_gather_object
+from meshdiff.distributed.world import recall, remember
 from meshdiff.errors import InputError
-from meshdiff.requests import decode_list
-from meshdiff.world import recall, remember
 
 if TYPE_CHECKING:
     from run import Config
@@ -39,7 +39,7 @@ def read_list(config: Config, first: bool) -> str:
         error = InputError("--prompts", f"{name} cannot be read ({raised.strerror or raised})")
     if config.prompts == "-":
         after_first_rank("list")  # somebody may be typing, for longer than any time-out
-        text, error = from_every_rank((text, error))[0]
+        text, error = all_gather_object((text, error))[0]
     if error is not None:
         raise error
     if not text.strip():

@@ -31,18 +31,18 @@ from clips import make_clip, make_clips
 from prompt_list import list_for_ranks, read_list
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from meshdiff.agreement import agreed, check_same, is_first_rank
+from meshdiff.cli.request_list import read_requests
+from meshdiff.diffusion.request import Request
+from meshdiff.distributed.consensus import agreed, check_same, is_first_rank
+from meshdiff.distributed.failures import ended_by, ended_by_signal
+from meshdiff.distributed.heartbeat import Heartbeats
+from meshdiff.distributed.launch import end_process, end_with_launcher, print_any_letter, start_ranks
+from meshdiff.distributed.mesh import Layout, check_gpus, torchrun_command
+from meshdiff.distributed.world import init_distributed, launched_world_size
 from meshdiff.errors import InputError
-from meshdiff.failures import ended_by, ended_by_signal
-from meshdiff.launch import end_process, end_with_launcher, print_any_letter, start_ranks
-from meshdiff.liveness import Heartbeats
-from meshdiff.mesh import Layout, check_gpus, torchrun_command
 from meshdiff.models import DigitsModel, RandomModel, RandomShape, WanModel, WanRequest
 from meshdiff.models.digits import WEIGHTS
 from meshdiff.pipeline import check_strategy, prepare_request
-from meshdiff.request import Request
-from meshdiff.requests import read_requests
-from meshdiff.world import init_distributed, launched_world_size
 
 LARGE = {
     "wan": "a folder or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or make a tiny one: "
@@ -261,7 +261,7 @@ def integration() -> ModuleType:
         InputError: if it is not installed.
     """
     try:
-        module = importlib.import_module("meshdiff.integrations.pipelines")
+        module = importlib.import_module("meshdiff.integrations.diffusers_model")
     except ImportError as error:
         raise InputError(
             "--model diffusers", f"needs diffusers ({error}); pip install 'meshdiff[diffusers]'"

@@ -35,13 +35,13 @@ from tiny_pipelines import PIPELINES
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.agreement import from_every_rank, is_first_rank
+from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.consensus import all_gather_object, is_first_rank
+from meshdiff.distributed.launch import end_process, start_ranks
+from meshdiff.distributed.mesh import Layout, init_distributed, init_mesh
 from meshdiff.errors import InputError
-from meshdiff.integrations import pipelines
-from meshdiff.launch import end_process, start_ranks
-from meshdiff.mesh import Layout, init_distributed, init_mesh
+from meshdiff.integrations import diffusers_model as pipelines
 from meshdiff.pipeline import prepare_request
-from meshdiff.untouched.compare import difference
 
 PAGE = """\
 ## Schedulers
@@ -230,7 +230,7 @@ def attempt(case: Case, layout: Layout, mesh: DeviceMesh, start: int) -> dict[st
         if "gloo" in str(error):
             raise
         return {"error": one_line(error)}
-    clips = from_every_rank(clip)
+    clips = all_gather_object(clip)
     return {**found, "apart": max(difference(other, clip) for other in clips)}
 
 

@@ -33,10 +33,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sweep_cells import CLIPS, Cell, Row, measure, read_rows, write_rows
 from sweep_report import draw, log_to_wandb, summary, write_tables
 
+from meshdiff.cli.metrics import device_name
+from meshdiff.distributed.launch import print_any_letter
+from meshdiff.distributed.mesh import Layout
 from meshdiff.errors import InputError
-from meshdiff.launch import print_any_letter
-from meshdiff.mesh import Layout
-from meshdiff.metrics import device_name
 from meshdiff.models import VideoModel
 from meshdiff.pipeline import check_strategy, prepare_request
 

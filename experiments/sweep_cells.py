@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from meshdiff.batch import RESULTS
-from meshdiff.launch import end_with_parent
-from meshdiff.mesh import Layout
-from meshdiff.output import COMPLETE
+from meshdiff.cli.output import COMPLETE
+from meshdiff.cli.queue import RESULTS
+from meshdiff.distributed.launch import end_with_parent
+from meshdiff.distributed.mesh import Layout
 
 CLIPS = ".clips-"
 """How the folders of clips begin that are yet to be read, and then removed."""

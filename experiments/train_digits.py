@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from meshdiff.models.digits_prompts import Prompt
 from meshdiff.models.layers import rope_3d
-from meshdiff.models.prompts import Prompt
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, initialize
 from meshdiff.models.wan import patchify
 

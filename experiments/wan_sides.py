@@ -20,13 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshdiff.guidance import classifier_free, divide_branches, run_branches
-from meshdiff.mesh import place, ranks_of_replica, replicate_buffers, replicate_module
+from meshdiff.diffusion.guidance import classifier_free, divide_branches, run_branches
+from meshdiff.distributed.mesh import place, ranks_of_replica, replicate_buffers, replicate_module
+from meshdiff.distributed.placements import POSITIONS, REPLICATED, SEQUENCE
+from meshdiff.distributed.weight_streaming import Storage, stream
 from meshdiff.models.layers import parameter_dtype, rope_3d
 from meshdiff.models.wan import WanConfig, WanTransformer, patchify
 from meshdiff.models.wan_checkpoint import source_of
-from meshdiff.placements import POSITIONS, SEQUENCE, WHOLE
-from meshdiff.streaming import Storage, stream
 
 WAN = WanConfig()
 
@@ -209,8 +209,8 @@ class Ours:
             self._put_weights(weights, config.torch_dtype, divided)
         self.stored = memory.live
         self.x = patchify(latents, WAN.patch)
-        self.tokens, self.text = place(self.x, cp, [SEQUENCE]), place(text, cp, [WHOLE])
-        self.now = place(torch.full((1,), 500.0, device=config.device), cp, [WHOLE])
+        self.tokens, self.text = place(self.x, cp, [SEQUENCE]), place(text, cp, [REPLICATED])
+        self.now = place(torch.full((1,), 500.0, device=config.device), cp, [REPLICATED])
         rope = rope_3d(config.grid, config.shape.head_dim)
         self.rope = tuple(place(table.to(config.device), cp, [POSITIONS]) for table in rope)
         self.context = self.transformer.encode_text(self.text)
@@ -241,7 +241,7 @@ class Ours:
 
     def guided(self) -> Callable[[], Tensor]:
         """All branches of a step and what guidance makes of them."""
-        x, context = place(self.x, self.mesh, [WHOLE, SEQUENCE]), divide_branches(self.context, self.mesh)
+        x, context = place(self.x, self.mesh, [REPLICATED, SEQUENCE]), divide_branches(self.context, self.mesh)
         guide = classifier_free(5.0)
 
         def denoise(tokens: Tensor, context: Tensor) -> Tensor:

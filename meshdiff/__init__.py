@@ -10,14 +10,14 @@ from meshdiff.attention import (
     mesh_attention,
     sharded_attention,
 )
-from meshdiff.comms import CommsCounter
+from meshdiff.autoshard import parallelize
+from meshdiff.diffusion.request import Request
+from meshdiff.distributed.comms import CommsCounter
+from meshdiff.distributed.mesh import Layout, init_mesh, place
+from meshdiff.distributed.simulation import simulate
 from meshdiff.errors import InputError
-from meshdiff.mesh import Layout, init_mesh, place
 from meshdiff.models import DigitsModel
 from meshdiff.pipeline import Pipeline
-from meshdiff.request import Request
-from meshdiff.simulation import simulate
-from meshdiff.untouched import parallelize
 
 __all__ = [
     "CommsCounter",

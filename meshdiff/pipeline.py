@@ -12,18 +12,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshdiff.attention import MeshAttention
-from meshdiff.attention.choice import AUTO
 from meshdiff.attention.hybrid import members
 from meshdiff.attention.problem import chunk_sizes
+from meshdiff.attention.strategy import AUTO
+from meshdiff.diffusion.guidance import Combine, classifier_free, divide_branches, run_branches
+from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.sampling import sample
+from meshdiff.distributed.mesh import DP, Layout, place, ranks_of_replica, replica, replicate_buffers, replicate_module
+from meshdiff.distributed.placements import POSITIONS, REPLICATED, SEQUENCE
+from meshdiff.distributed.simulation import on_each_rank, unwrap
+from meshdiff.distributed.weight_streaming import Storage, Streamed, stream
 from meshdiff.errors import InputError
-from meshdiff.guidance import Combine, classifier_free, divide_branches, run_branches
-from meshdiff.mesh import DP, Layout, place, ranks_of_replica, replica, replicate_buffers, replicate_module
 from meshdiff.models import VideoModel
-from meshdiff.placements import POSITIONS, SEQUENCE, WHOLE
-from meshdiff.request import Request
-from meshdiff.sampling import sample
-from meshdiff.simulation import on_each_rank, unwrap
-from meshdiff.streaming import Storage, Streamed, stream
 
 __all__ = ["Pipeline", "check_strategy", "prepare_request"]
 
@@ -129,7 +129,7 @@ class Pipeline:
         text = self.model.encode(branches, self.mesh)
         rope = tuple(place(table.to(cp.device_type), cp, [POSITIONS]) for table in self.model.rope(request))
         noise = on_each_rank(self.model.noise)(request).to(cp.device_type)
-        start = place(noise, self.mesh, [WHOLE, SEQUENCE])
+        start = place(noise, self.mesh, [REPLICATED, SEQUENCE])
 
         @lru_cache(maxsize=1)  # an expert that has had its turn has had it for good
         def context(expert: int) -> DTensor:
@@ -138,7 +138,7 @@ class Pipeline:
         def velocity(x: Tensor, time: float) -> Tensor:
             expert = self.model.expert(time)
             # One time for all branches: what it makes of itself must not depend on how many there are.
-            now = place(torch.full((1,), time * self.model.time_unit, device=cp.device_type), cp, [WHOLE])
+            now = place(torch.full((1,), time * self.model.time_unit, device=cp.device_type), cp, [REPLICATED])
 
             def denoise(tokens: Tensor, context: Tensor) -> Tensor:
                 return self.model.transformers[expert](tokens, now, context, rope)

@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from meshdiff import CommsCounter, joint_attention, mesh_attention
-from meshdiff.mesh import place
-from meshdiff.simulation import on_each_rank, unwrap
+from meshdiff.distributed.mesh import place
+from meshdiff.distributed.simulation import on_each_rank, unwrap
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -19,9 +19,9 @@ from tiny import make
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from meshdiff import InputError, Layout, MeshAttention, mesh_attention
-from meshdiff.agreement import agreed, check_same, from_every_rank
-from meshdiff.launch import end_process
-from meshdiff.mesh import init_distributed, init_mesh, place
+from meshdiff.distributed.consensus import agreed, all_gather_object, check_same
+from meshdiff.distributed.launch import end_process
+from meshdiff.distributed.mesh import init_distributed, init_mesh, place
 
 
 def layouts() -> dict:
@@ -32,20 +32,20 @@ def layouts() -> dict:
         if world % cfg == 0 and (world < 8 or cfg == 2) and cfg <= world:
             layout = Layout(cfg, world // cfg)
             video, comms = make(layout, 3 if cfg == 3 else 2)
-            results[str(layout)] = video, from_every_rank(comms)
+            results[str(layout)] = video, all_gather_object(comms)
     return results
 
 
 def hybrid() -> tuple:
     """A clip by the hybrid strategy, the sequence divided by all ranks, and every rank's traffic."""
     video, comms = make(Layout(1, dist.get_world_size()), 2, strategy="hybrid")
-    return video, from_every_rank(comms)
+    return video, all_gather_object(comms)
 
 
 def compiled() -> tuple:
     """A clip of compiled blocks, the sequence divided by all ranks, and every rank's traffic."""
     video, comms = make(Layout(1, dist.get_world_size()), 2, compile=True)
-    return video, from_every_rank(comms)
+    return video, all_gather_object(comms)
 
 
 def attention() -> dict:
@@ -55,7 +55,7 @@ def attention() -> dict:
     for case in CASES:
         if fits(case, mesh.size()):
             values, comms = attend(case, mesh)
-            results[case] = values, from_every_rank(comms)
+            results[case] = values, all_gather_object(comms)
     return results | {case: attend_jointly(case, mesh) for case in JOINT}
 
 
@@ -107,13 +107,15 @@ def checked_attention() -> list[str]:
         except ValueError as error:
             heard.append(str(error))
     mesh_attention(sharded, sharded, sharded)
-    return from_every_rank(heard)
+    return all_gather_object(heard)
 
 
 def drop_in() -> dict:
     """An untouched model's output and gradient, by each way of dropping mesh attention in."""
     mesh = init_mesh(Layout(1, dist.get_world_size()), "cpu")["cp"]
-    return on_all_ways(mesh, gather=lambda shard: torch.cat(from_every_rank(shard), dim=1), whole=lambda tensor: tensor)
+    return on_all_ways(
+        mesh, gather=lambda shard: torch.cat(all_gather_object(shard), dim=1), whole=lambda tensor: tensor
+    )
 
 
 def agreement() -> list[str]:
@@ -132,7 +134,7 @@ def agreement() -> list[str]:
         heard.append(str(error))
     with agreed():
         pass
-    return from_every_rank(heard)
+    return all_gather_object(heard)
 
 
 def tiles() -> dict:
@@ -141,7 +143,7 @@ def tiles() -> dict:
 
     world = dist.get_world_size()
     return {
-        str(layout): from_every_rank(decoded(layout, latents(*SIZE)))
+        str(layout): all_gather_object(decoded(layout, latents(*SIZE)))
         for layout in (Layout(2, world // 2), Layout(1, world))
     }
 
@@ -154,7 +156,7 @@ def wan() -> dict:
     layout = Layout(2, world // 2) if world % 2 == 0 else Layout(1, world)
     runs = [("2.1", "plain"), ("2.1", "sharded"), ("2.1", "offloaded"), ("2.2", "plain")]
     mesh = init_mesh(layout, "cpu")  # one for all runs: an equal one would send on the groups of the first
-    return {run: from_every_rank(make(root, mesh, *run)) for run in runs}
+    return {run: all_gather_object(make(root, mesh, *run)) for run in runs}
 
 
 def untouched() -> dict:
@@ -173,7 +175,7 @@ def untouched() -> dict:
         "MochiTransformer3DModel",
     ):
         error, share, calls, traffic, whole = of_diffusers(name, mesh)
-        results[name] = error, share, calls, from_every_rank(traffic), whole
+        results[name] = error, share, calls, all_gather_object(traffic), whole
     return results
 
 
@@ -185,7 +187,7 @@ def untouched_calls() -> list[tuple[dict, int, int]]:
 
     from meshdiff import parallelize
     from meshdiff.attention.problem import chunk_sizes
-    from meshdiff.untouched.compare import difference
+    from meshdiff.autoshard.numerics import difference
 
     mesh, errors = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
     torch.manual_seed(0)
@@ -197,7 +199,7 @@ def untouched_calls() -> list[tuple[dict, int, int]]:
     with torch.no_grad():
         for name, (model, calls) in models.items():
             expected = [copy.deepcopy(model)(*(tensor.clone() for tensor in call)) for call in calls]
-            if "kept" in name:  # by one model, from call to call
+            if "cached" in name:  # by one model, from call to call
                 alone = copy.deepcopy(model)
                 expected = [alone(*call) for call in calls]
             parallel = parallelize(model, mesh)
@@ -210,7 +212,7 @@ def untouched_calls() -> list[tuple[dict, int, int]]:
                 parallel(hidden)
     batch, length, channels = CALLS[0].shape
     rows = batch * chunk_sizes(length, mesh.size())[mesh.get_local_rank()]
-    return from_every_rank((errors, counter.get_total_flops(), 4 * 2 * rows * channels * channels))
+    return all_gather_object((errors, counter.get_total_flops(), 4 * 2 * rows * channels * channels))
 
 
 def captured() -> dict:
@@ -225,7 +227,7 @@ def captured_and_changed_on_one_rank() -> None:
     from test_untouched_capture import MANY, Model, nothing, set_factor
 
     from meshdiff import parallelize
-    from meshdiff.agreement import store
+    from meshdiff.distributed.consensus import store
 
     store().set_timeout(timedelta(seconds=3))
     model = Model(nothing)
@@ -250,7 +252,7 @@ def captured_shapes() -> list:
     """Of every rank: what becomes of the programs of more shapes than are kept."""
     from test_untouched_kinds import of_many_shapes
 
-    return from_every_rank(of_many_shapes())
+    return all_gather_object(of_many_shapes())
 
 
 def untouched_gradients() -> float:
@@ -258,7 +260,7 @@ def untouched_gradients() -> float:
     from untouched_cases import Model, inputs
 
     from meshdiff import parallelize
-    from meshdiff.untouched.compare import difference
+    from meshdiff.autoshard.numerics import difference
 
     one, other, given = Model("rows"), Model("rows"), inputs()
     one(**given).square().sum().backward()
@@ -266,7 +268,7 @@ def untouched_gradients() -> float:
     parallel(**given).square().sum().backward()
     assert not parallel.whole
     pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max(from_every_rank(max(difference(found.grad, expected.grad) for expected, found in pairs)))
+    return max(all_gather_object(max(difference(found.grad, expected.grad) for expected, found in pairs)))
 
 
 def pipelines() -> dict:

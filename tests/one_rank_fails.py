@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import run
 
-from meshdiff.launch import end_process
+from meshdiff.distributed.launch import end_process
 from meshdiff.models.video_dit import VideoDiT
 
 if os.environ["RANK"] == "1":

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from unseen import unseen
 
 from meshdiff import CommsCounter, Layout, init_mesh
-from meshdiff.agreement import from_every_rank
+from meshdiff.autoshard import Guidance
+from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.consensus import all_gather_object
 from meshdiff.integrations.diffusers import parallelize
-from meshdiff.untouched import Guidance
-from meshdiff.untouched.compare import difference
 
 
 def of_pipelines(world: int) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def of_pipelines(world: int) -> dict[str, Any]:
         error = max(difference(one, expected) for one in (first, second))
         parallel.remove()
         again = difference(call(pipeline, name), expected)
-        results[name] = error, from_every_rank(comms.as_dict()), CALLS[name]["num_inference_steps"], again
-    results["guidance"] = from_every_rank(guided(mesh["cfg"])) if world % 2 == 0 else None
+        results[name] = error, all_gather_object(comms.as_dict()), CALLS[name]["num_inference_steps"], again
+    results["guidance"] = all_gather_object(guided(mesh["cfg"])) if world % 2 == 0 else None
     return results
 
 

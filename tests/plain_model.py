@@ -13,8 +13,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from meshdiff import ContextParallel, place, sharded_attention
-from meshdiff.mesh import replicate_module
-from meshdiff.simulation import on_each_rank
+from meshdiff.distributed.mesh import replicate_module
+from meshdiff.distributed.simulation import on_each_rank
 
 
 class Attention(nn.Module):

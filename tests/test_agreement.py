@@ -4,7 +4,7 @@ import pytest
 from ranks import run_on_ranks
 
 from meshdiff import InputError
-from meshdiff.agreement import agreed, check_same, from_every_rank
+from meshdiff.distributed.consensus import agreed, all_gather_object, check_same
 
 
 def test_every_rank_hears_of_one_ranks_failure_and_of_different_flags(tmp_path):
@@ -22,7 +22,7 @@ def test_every_rank_hears_of_one_ranks_failure_and_of_different_flags(tmp_path):
 
 
 def test_one_process_agrees_with_itself():
-    assert from_every_rank(5) == [5]
+    assert all_gather_object(5) == [5]
     check_same({"--seed": 0})
     with pytest.raises(InputError, match="--prompt: is empty"), agreed():
         raise InputError("--prompt", "is empty")

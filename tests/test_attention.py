@@ -32,8 +32,8 @@ from meshdiff import (
     mesh_attention,
     simulate,
 )
-from meshdiff.mesh import place
-from meshdiff.simulation import on_each_rank, unwrap
+from meshdiff.distributed.mesh import place
+from meshdiff.distributed.simulation import on_each_rank, unwrap
 
 NAMES = ("output", "query", "key", "value")
 
@@ -287,7 +287,7 @@ def test_parity_fails_when_one_rank_alone_is_wrong(strategy, broken_rank, monkey
 
     module, name = {
         "ulysses": (ulysses, "_attend"),
-        "ring": (ring, "_see"),
+        "ring": (ring, "_forward_step"),
         "gather": (gather, "attend_rows"),
     }[strategy]
     right = getattr(module, name)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 
 from meshdiff import Layout, init_mesh, place, simulate
-from meshdiff.attention.blocks import attend_block, attend_block_backward
-from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
+from meshdiff.attention.block_kernels import attend_block, attend_block_backward
 from meshdiff.attention.problem import chunk_ranges, chunk_sizes
-from meshdiff.simulation import rank_values
+from meshdiff.attention.seq_head_exchange import Exchange, heads_to_sequence, sequence_to_heads
+from meshdiff.distributed.simulation import rank_values
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -25,7 +25,7 @@ def test_a_block_without_a_kernel_is_that_of_the_kernel(masked, kv_heads, monkey
         mask[..., 3, :] = False
     outcomes = []
     for kernel in ("cpu_flash", "explicit"):
-        monkeypatch.setattr("meshdiff.attention.blocks._kernel", lambda query, mask, kernel=kernel: kernel)
+        monkeypatch.setattr("meshdiff.attention.block_kernels._kernel", lambda query, mask, kernel=kernel: kernel)
         output, lse = attend_block(query, key, value, mask, None)
         gradients = attend_block_backward(gradient, query, key, value, mask, output, lse, None)
         outcomes.append([output, lse, *gradients])

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from meshdiff import CommsCounter, Layout, init_mesh, simulate
-from meshdiff.mesh import place
+from meshdiff.distributed.mesh import place
 
 NUMEL = 64 * 4  # of a float32 tensor: 1,024 bytes
 

@@ -7,7 +7,7 @@ from evaluate_digits import generate, moved_right, train_reader
 from moving_digits import load_split, render, sample_clips, trajectories
 
 from meshdiff.models.digits import DigitsModel
-from meshdiff.models.prompts import DIRECTIONS, Prompt
+from meshdiff.models.digits_prompts import DIRECTIONS, Prompt
 
 
 def test_clips_of_real_digits_stay_on_the_canvas_and_move_as_described():

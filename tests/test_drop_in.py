@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from meshdiff import ContextParallel, Layout, init_mesh, sharded_attention, simulate
-from meshdiff.simulation import rank_values, unwrap
+from meshdiff.distributed.simulation import rank_values, unwrap
 
 
 def on_one_device(model, x, text):

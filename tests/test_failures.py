@@ -21,7 +21,8 @@ from ranks import torchrun
 from run import main
 from safetensors.torch import load_file
 
-from meshdiff import liveness, world
+from meshdiff.distributed import heartbeat as liveness
+from meshdiff.distributed import world
 from meshdiff.errors import InputError
 
 SCRIPT = str(Path(__file__).parent.parent / "experiments" / "run.py")
@@ -224,7 +225,7 @@ def test_the_line_of_the_first_rank_to_fail_is_that_of_all(monkeypatch):
 
 
 def test_input_errors_of_all_ranks_are_told_from_those_of_one():
-    from meshdiff.agreement import agreed
+    from meshdiff.distributed.consensus import agreed
 
     with pytest.raises(InputError) as caught, agreed():
         raise InputError("--prompt", "is empty")

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from weight_kinds import KINDS, Model, Scaled
 
-from meshdiff.attention.checks import digest
-from meshdiff.fingerprint import bits, fingerprint, sha256, sum_of_bits
-from meshdiff.untouched.deferred import OutputForm
+from meshdiff.attention.validation import digest
+from meshdiff.autoshard.cfg.deferred import OutputForm
+from meshdiff.distributed.fingerprint import bits, fingerprint, sha256, sum_of_bits
 
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 

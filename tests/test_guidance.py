@@ -5,9 +5,9 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 
 from meshdiff import CommsCounter, Layout, init_mesh, simulate
-from meshdiff.guidance import classifier_free, divide_branches, run_branches
-from meshdiff.mesh import place
-from meshdiff.simulation import on_each_rank, unwrap
+from meshdiff.diffusion.guidance import classifier_free, divide_branches, run_branches
+from meshdiff.distributed.mesh import place
+from meshdiff.distributed.simulation import on_each_rank, unwrap
 
 SEQ, CHANNELS = 11, 3
 X = torch.linspace(-1, 1, SEQ * CHANNELS).reshape(1, SEQ, CHANNELS)

@@ -18,10 +18,10 @@ from tiny_pipelines import PIPELINES
 from torch import Tensor
 
 from meshdiff import Layout, init_mesh
-from meshdiff.agreement import from_every_rank
+from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.mesh import init_distributed
 from meshdiff.integrations.diffusers import parallelize
-from meshdiff.mesh import init_distributed
-from meshdiff.untouched.compare import difference
 
 SKIPPED = {"indices": [1], "fqn": "blocks"}
 GUIDERS = {
@@ -97,7 +97,7 @@ def test_what_is_no_model_is_one_line():
 
 if __name__ == "__main__":
     init_distributed()
-    of_every_rank = from_every_rank(on_ranks())
+    of_every_rank = all_gather_object(on_ranks())
     if dist.get_rank() == 0:
         torch.save(of_every_rank, sys.argv[1])
     dist.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ENDS = """
 import atexit
-from meshdiff.launch import end_process
+from meshdiff.distributed.launch import end_process
 atexit.register(print, "put away")
 print("said", end=" ")
 end_process(3)
@@ -17,7 +17,7 @@ end_process(3)
 
 PRINTS = """
 import os, sys
-from meshdiff.launch import print_any_letter
+from meshdiff.distributed.launch import print_any_letter
 print_any_letter()
 print("caf\\xe9 \\u732b", os.fsdecode(b"caf\\xc3\\xa9"))
 """

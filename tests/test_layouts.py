@@ -15,8 +15,8 @@ from ranks import run_on_ranks
 from tiny import REQUEST, TOKENS, alone, make, tiny_model
 
 from meshdiff import DigitsModel, InputError, Layout, Pipeline, Request, init_mesh, simulate
+from meshdiff.distributed.simulation import on_each_rank
 from meshdiff.pipeline import check_strategy
-from meshdiff.simulation import on_each_rank
 
 TOLERANCE = 1e-5
 

@@ -17,9 +17,9 @@ from run import main
 from safetensors.torch import load_file
 
 from meshdiff import InputError, Layout, Request, init_mesh, simulate
-from meshdiff.batch import Counter, Record, resume, take_turns
-from meshdiff.mesh import ranks_of_replica, replica
-from meshdiff.requests import read_requests
+from meshdiff.cli.queue import Counter, Record, resume, take_turns
+from meshdiff.cli.request_list import read_requests
+from meshdiff.distributed.mesh import ranks_of_replica, replica
 
 SCRIPT = str(Path(__file__).parent.parent / "experiments" / "run.py")
 FLAGS = ("--frames", "8", "--steps", "2", "--wandb", "disabled")

@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from meshdiff import CommsCounter, InputError, Layout, init_mesh, simulate
-from meshdiff.mesh import place, replicate_module
-from meshdiff.simulation import rank_values, unwrap
+from meshdiff.distributed.mesh import place, replicate_module
+from meshdiff.distributed.simulation import rank_values, unwrap
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from meshdiff import InputError
-from meshdiff.media import to_pixels, write_video
-from meshdiff.output import COMPLETE, output_folder
+from meshdiff.cli.media import to_pixels, write_video
+from meshdiff.cli.output import COMPLETE, output_folder
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):

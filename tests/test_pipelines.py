@@ -81,7 +81,7 @@ DAMAGES = {
     "unnamed": lambda folder: (folder / "model_index.json").write_text("{}"),
 }
 AGAIN = r"cannot be read \(.*\); .*: download the folder again, or name another$"
-WHOLE = r"model_index.json cannot be read \(.*\); name the folder of a pipeline, as `hf download"
+REPLICATED = r"model_index.json cannot be read \(.*\); name the folder of a pipeline, as `hf download"
 TWO = r"this run has 1 guidance branch \(two need --true-cfg-scale above 1 and a --negative-prompt\); use --cfg 1$"
 
 
@@ -167,8 +167,8 @@ def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
     ("flags", "message"),
     [
         ([], "--checkpoint: is missing; name the folder of a pipeline"),
-        (["--checkpoint", "nowhere"], f"--checkpoint: nowhere/{WHOLE}"),
-        (["--checkpoint", "unnamed"], f"--checkpoint: unnamed/{WHOLE}"),
+        (["--checkpoint", "nowhere"], f"--checkpoint: nowhere/{REPLICATED}"),
+        (["--checkpoint", "unnamed"], f"--checkpoint: unnamed/{REPLICATED}"),
         (["--checkpoint", "strange"], "--checkpoint: strange is a Strange, which diffusers .*; install one that has"),
         (["--checkpoint", "promptless"], "--checkpoint: promptless is a .*, which takes no prompt; name the folder of"),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("bare", "cut", "garbled")),

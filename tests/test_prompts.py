@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshdiff import InputError
-from meshdiff.models.prompts import DIRECTIONS, SPEEDS, VOCABULARY, Prompt, parse_prompt
+from meshdiff.models.digits_prompts import DIRECTIONS, SPEEDS, VOCABULARY, Prompt, parse_prompt
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshdiff import InputError, Request
+from meshdiff.cli.request_list import LONGEST_NAME, decode_list, read_requests
 from meshdiff.models import WanRequest
-from meshdiff.requests import LONGEST_NAME, decode_list, read_requests
 
 BASE = Request(steps=2, seed=5)
 

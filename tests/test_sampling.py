@@ -8,9 +8,9 @@ import torch
 from torch.distributed.tensor import Shard
 
 from meshdiff import CommsCounter, Layout, init_mesh, simulate
-from meshdiff.mesh import place
-from meshdiff.sampling import SOLVERS, flow_times, sample
-from meshdiff.simulation import unwrap
+from meshdiff.diffusion.sampling import SOLVERS, flow_times, sample
+from meshdiff.distributed.mesh import place
+from meshdiff.distributed.simulation import unwrap
 
 
 def test_times_fall_from_noise_to_data():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from meshdiff import seeding
-from meshdiff.seeding import seeded
+from meshdiff.diffusion import seeding
+from meshdiff.diffusion.seeding import seeded
 
 
 def draw() -> list[float]:

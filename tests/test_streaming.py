@@ -7,9 +7,10 @@ import torch
 from tiny import DEPTH, alone, make, tiny_model
 from torch import nn
 
-from meshdiff import Layout, Pipeline, init_mesh, simulate, streaming
-from meshdiff.simulation import on_each_rank, rank_values
-from meshdiff.streaming import Storage, Streamed, stream
+from meshdiff import Layout, Pipeline, init_mesh, simulate
+from meshdiff.distributed import weight_streaming
+from meshdiff.distributed.simulation import on_each_rank, rank_values
+from meshdiff.distributed.weight_streaming import Storage, Streamed, stream
 
 
 def stored_bytes(pipeline: Pipeline) -> list[int]:
@@ -44,7 +45,7 @@ def test_the_clip_is_the_same_to_the_bit(options):
 
 
 def test_the_clip_is_wrong_when_one_rank_stores_something_else(monkeypatch):
-    store = streaming._store
+    store = weight_streaming._store
 
     @on_each_rank
     def damage(shard: torch.Tensor, rank: int) -> torch.Tensor:
@@ -55,7 +56,7 @@ def test_the_clip_is_wrong_when_one_rank_stores_something_else(monkeypatch):
 
     with alone():
         expected, _ = make(Layout(), 2)
-    monkeypatch.setattr(streaming, "_store", store_badly)
+    monkeypatch.setattr(weight_streaming, "_store", store_badly)
     with simulate(3):
         video, _ = make(Layout(1, 3), 2, shard_weights=True)
     assert not torch.equal(video, expected)

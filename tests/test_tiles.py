@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 
-from meshdiff import CommsCounter, InputError, Layout, init_mesh, simulate, tiles
-from meshdiff.simulation import on_each_rank
-from meshdiff.tiles import deal, decode
+from meshdiff import CommsCounter, InputError, Layout, init_mesh, simulate
+from meshdiff.distributed.simulation import on_each_rank
+from meshdiff.models import vae_tiling
+from meshdiff.models.vae_tiling import deal, decode
 
 TOLERANCE = 1e-5
 SIDE, SHARED = 8, 2  # latents along a tile, and of an overlap
@@ -130,7 +131,7 @@ def test_ranks_may_have_no_tile():
 
 @pytest.mark.parametrize("broken_rank", [0, 1])
 def test_what_one_rank_decodes_wrongly_shows(broken_rank, monkeypatch):
-    decode_own = tiles._decode_own
+    decode_own = vae_tiling._decode_own
 
     @on_each_rank
     def disturb(own: torch.Tensor, rank: int) -> torch.Tensor:
@@ -140,7 +141,7 @@ def test_what_one_rank_decodes_wrongly_shows(broken_rank, monkeypatch):
         *_, (_, rank) = args
         return disturb(decode_own(*args), rank)
 
-    monkeypatch.setattr(tiles, "_decode_own", decode_badly)
+    monkeypatch.setattr(vae_tiling, "_decode_own", decode_badly)
     video, _ = simulated(Layout(1, 2), PAIR)
     assert not agree(video, by_diffusers(PAIR))
 

@@ -13,8 +13,8 @@ from ranks import torchrun
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff import Layout, init_mesh
-from meshdiff.mesh import ranks_of_replica, ring_of_groups
-from meshdiff.world import store
+from meshdiff.distributed.mesh import ranks_of_replica, ring_of_groups
+from meshdiff.distributed.world import store
 
 SECONDS = 2
 

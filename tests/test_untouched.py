@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -11,14 +12,13 @@ from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from untouched_cases import CHANNELS, Model, inputs, of_diffusers, values
 
-import meshdiff.untouched.parallel
-import meshdiff.untouched.pending
+import meshdiff.autoshard.lazy
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, place, simulate
 from meshdiff.attention.problem import chunk_sizes
-from meshdiff.simulation import unwrap
-from meshdiff.untouched.aliases import Aliases
-from meshdiff.untouched.compare import difference
-from meshdiff.untouched.rows import Piece, rearrange
+from meshdiff.autoshard.aliasing import AliasTracker
+from meshdiff.autoshard.numerics import difference
+from meshdiff.autoshard.reshard import SourceSlice, reshard
+from meshdiff.distributed.simulation import unwrap
 
 BOUND = 1e-5
 
@@ -183,7 +183,7 @@ def test_writes_and_looks_are_those_of_one_device(variant, ranks):
 
 
 def test_without_the_watch_over_memory_a_write_would_be_lost(monkeypatch):
-    monkeypatch.setattr(meshdiff.untouched.aliases.Aliases, "copies", lambda self, tensor: False)
+    monkeypatch.setattr(meshdiff.autoshard.aliasing.AliasTracker, "copies", lambda self, tensor: False)
     model, given = Model("view of a copy").requires_grad_(False), inputs()
     expected = model(**given)
     with simulate(2):
@@ -192,7 +192,7 @@ def test_without_the_watch_over_memory_a_write_would_be_lost(monkeypatch):
 
 
 def test_what_a_thread_still_holds_is_not_in_use():
-    aliases, source, copies = Aliases(), torch.randn(3), [torch.randn(3)]
+    aliases, source, copies = AliasTracker(), torch.randn(3), [torch.randn(3)]
     aliases.join(source, copies[0])
     threading.Timer(0.05, copies.clear).start()  # as one does that has sent it
     assert not aliases.copies(source)
@@ -263,7 +263,9 @@ def test_a_call_that_has_written_to_weights_says_so_and_the_next_one_is_right():
 def test_ranks_meet_under_a_new_name_each_time_a_call_starts_again(monkeypatch):
     names: list[str] = []
     monkeypatch.setattr(
-        meshdiff.untouched.parallel, "agree_to_retreat", lambda mesh, name, kind, error: names.append(name)
+        sys.modules["meshdiff.autoshard.parallelize"],
+        "agree_on_fallback",
+        lambda mesh, name, kind, error: names.append(name),
     )
     model, given = Model("view of a copy").requires_grad_(False), inputs()
     with simulate(2):
@@ -309,7 +311,7 @@ def test_ranks_that_part_later_are_told_when_all_is_checked(monkeypatch):
 
 
 def test_verify_finds_a_rank_that_does_something_else(monkeypatch):
-    real = meshdiff.untouched.pending.move
+    real = meshdiff.autoshard.lazy.exchange_into
 
     def broken(sources, outputs, dim, into):
         real(sources, outputs, dim, into)
@@ -320,7 +322,7 @@ def test_verify_finds_a_rank_that_does_something_else(monkeypatch):
     with simulate(2):
         parallelize(model, on_mesh(2), verify=True)(**given)
     parallel_again = Model().requires_grad_(False)
-    monkeypatch.setattr(meshdiff.untouched.pending, "move", broken)
+    monkeypatch.setattr(meshdiff.autoshard.lazy, "exchange_into", broken)
     with simulate(2), pytest.raises(RuntimeError, match=r"verify: Model on this mesh differs .* by \d"):
         parallelize(parallel_again, on_mesh(2), verify=True)(**given)
 
@@ -380,12 +382,14 @@ def test_joining_and_cutting_sends_only_what_changes_hands(lengths, ranks):
         mesh = on_mesh(ranks)
         shards = [place(source, mesh, [Shard(1)]) for source in sources]
         with CommsCounter(mesh) as comms:
-            (joined,) = rearrange(shards, [[Piece(i, 0, n) for i, n in enumerate(lengths)]], 1)
+            (joined,) = reshard(shards, [[SourceSlice(i, 0, n) for i, n in enumerate(lengths)]], 1)
         most = max(_moved(lengths, whole.shape[1], ranks, rank) for rank in range(ranks))
         sent = comms.as_dict().get("cp", {})
         assert sent == ({"all_to_all": {"count": 1, "bytes": most * 2 * 3 * 4}} if most else {})
         assert torch.equal(unwrap(joined.full_tensor()), whole)
         text = place(whole[:, :2], mesh, [Replicate()])
-        mixed, rest = rearrange([joined, text], [[Piece(1, 0, 2), Piece(None, 0, 1)], [Piece(0, 2, 5)]], 1)
+        mixed, rest = reshard(
+            [joined, text], [[SourceSlice(1, 0, 2), SourceSlice(None, 0, 1)], [SourceSlice(0, 2, 5)]], 1
+        )
         assert torch.equal(unwrap(mixed.full_tensor()), torch.cat([whole[:, :2], torch.zeros(2, 1, 3)], dim=1))
         assert torch.equal(unwrap(rest.full_tensor()), whole[:, 2:5])

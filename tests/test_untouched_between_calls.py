@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from meshdiff import Layout, init_mesh, simulate
-from meshdiff.simulation import unwrap
-from meshdiff.untouched import Guidance
+from meshdiff.autoshard import Guidance
+from meshdiff.distributed.simulation import unwrap
 
 BRANCH: ContextVar[int] = ContextVar("branch", default=0)
 X = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))

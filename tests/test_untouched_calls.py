@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from untouched_cases import CHANNELS, values
 
 from meshdiff import Layout, init_mesh, parallelize, simulate
-from meshdiff.untouched.compare import difference
+from meshdiff.autoshard.numerics import difference
 
 SEQ = 7
 
@@ -72,7 +72,7 @@ def place_in_memory(block, x, y):
 
 
 def kept_from_the_last_call(block, x, y):
-    last, block.kept = getattr(block, "kept", y), (y * 2)[:, 2:5]
+    last, block.kept = getattr(block, "cached", y), (y * 2)[:, 2:5]
     return y + last.mean(1, keepdim=True)
 
 
@@ -218,7 +218,7 @@ def test_a_write_that_would_miss_a_copy_from_some_call_on_is_noticed_then(ranks)
 
 def test_an_error_in_between_leaves_nothing_half_done():
     def body(block, x, y):
-        last, block.kept = getattr(block, "kept", y), (y * 2)[:, 2:5]
+        last, block.kept = getattr(block, "cached", y), (y * 2)[:, 2:5]
         if block.fails:
             raise KeyError("its own")
         return y + last.mean(1, keepdim=True)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from unseen import unseen
 
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, simulate
-from meshdiff.agreement import from_every_rank
-from meshdiff.untouched.compare import difference
+from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.consensus import all_gather_object
 
 ELSEWHERE: dict[int, Tensor] = {}
 
@@ -368,7 +368,7 @@ def traffic_and_compiled() -> tuple[Any, Any, list[float], str, list[str]]:
     errors = [difference(output, outputs[0]) for output in outputs]
     told = [handle.captured for handle in handles]
     same = torch.equal(outputs[0], outputs[1])
-    return from_every_rank((sent[:2], same, errors, handles[1].programs[0].code, told))
+    return all_gather_object((sent[:2], same, errors, handles[1].programs[0].code, told))
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -11,10 +11,10 @@ from torch import Tensor
 from unseen import unseen
 from untouched_cases import Model, inputs
 
-import meshdiff.untouched.pending
+import meshdiff.autoshard.lazy
 from meshdiff import Layout, init_mesh, parallelize, simulate
-from meshdiff.untouched import Guidance
-from meshdiff.untouched.compare import difference, has_numbers, not_numbers, one_sided, tolerance
+from meshdiff.autoshard import Guidance
+from meshdiff.autoshard.numerics import difference, has_numbers, not_numbers, one_sided, tolerance
 
 NAN, INF = math.nan, math.inf
 
@@ -112,13 +112,13 @@ def test_verify_says_that_the_model_itself_gives_nan():
 
 
 def test_verify_says_that_only_the_mesh_gives_nan(monkeypatch):
-    real = meshdiff.untouched.pending.move
+    real = meshdiff.autoshard.lazy.exchange_into
 
     def broken(sources, outputs, dim, into):
         real(sources, outputs, dim, into)
         for output in into:
             output.to_local().mul_(NAN)
 
-    monkeypatch.setattr(meshdiff.untouched.pending, "move", broken)
+    monkeypatch.setattr(meshdiff.autoshard.lazy, "exchange_into", broken)
     with pytest.raises(RuntimeError, match="verify: Model on this mesh gives NaN where the untouched model does not"):
         verified(Model())

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from untouched_cases import Model, inputs
 
 from meshdiff import Layout, init_mesh, parallelize
-from meshdiff.mesh import init_distributed
+from meshdiff.distributed.mesh import init_distributed
 
 TRACED: list[str] = []
 

@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 import meshdiff
 from meshdiff import Layout, init_mesh, simulate
-from meshdiff.simulation import unwrap
-from meshdiff.untouched import parallelize
+from meshdiff.autoshard import parallelize
+from meshdiff.distributed.simulation import unwrap
 
 DRAWS = int(os.environ.get("MESHDIFF_DRAWS", 0))
 OUTPUT, GRADIENT = 1e-5, 1e-4

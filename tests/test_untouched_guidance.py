@@ -12,10 +12,10 @@ from ranks import torchrun
 from torch import Tensor, nn
 
 from meshdiff import Layout, init_mesh, simulate
-from meshdiff.agreement import from_every_rank
-from meshdiff.mesh import init_distributed
-from meshdiff.simulation import unwrap
-from meshdiff.untouched import Guidance
+from meshdiff.autoshard import Guidance
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.mesh import init_distributed
+from meshdiff.distributed.simulation import unwrap
 
 CHANGED = "the first of which had not run yet; look at its output before changing the model, or use a mesh without cfg"
 
@@ -368,7 +368,7 @@ def on_ranks() -> dict[str, object]:
 
 if __name__ == "__main__":
     init_distributed()
-    of_every_rank = from_every_rank(on_ranks())
+    of_every_rank = all_gather_object(on_ranks())
     if torch.distributed.get_rank() == 0:
         torch.save(of_every_rank, sys.argv[1])
     torch.distributed.destroy_process_group()

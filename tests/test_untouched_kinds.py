@@ -15,10 +15,10 @@ from test_untouched_capture import RAN, Model, nothing
 from untouched_cases import CHANNELS
 
 from meshdiff import Layout, init_mesh, parallelize
-from meshdiff.untouched import call_kinds
-from meshdiff.untouched.call_kinds import KINDS, PAUSE, PAYS, TOO_SOON, CallKinds
-from meshdiff.untouched.calls import NotCaptured
-from meshdiff.untouched.compare import difference
+from meshdiff.autoshard.call_key import NotCaptured
+from meshdiff.autoshard.capture import call_kinds
+from meshdiff.autoshard.capture.call_kinds import KINDS, PAUSE, PAYS, TOO_SOON, CallKinds
+from meshdiff.autoshard.numerics import difference
 
 
 def kinds() -> CallKinds[Any]:

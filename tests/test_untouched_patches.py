@@ -30,14 +30,14 @@ from torch.utils._pytree import tree_map
 
 from meshdiff import Layout, init_mesh, simulate
 from meshdiff import parallelize as parallelize_module
-from meshdiff.agreement import from_every_rank
+from meshdiff.autoshard import Guidance
+from meshdiff.autoshard.cfg.deferred import OutputForm
+from meshdiff.autoshard.numerics import difference
+from meshdiff.autoshard.patching import Interception, owners
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.mesh import init_distributed
+from meshdiff.distributed.simulation import unwrap
 from meshdiff.integrations.diffusers import parallelize
-from meshdiff.mesh import init_distributed
-from meshdiff.simulation import unwrap
-from meshdiff.untouched import Guidance
-from meshdiff.untouched.compare import difference
-from meshdiff.untouched.deferred import OutputForm
-from meshdiff.untouched.patching import Interception, owners
 
 NAME = "WanTransformer3DModel"
 
@@ -427,7 +427,7 @@ def test_an_output_is_a_plain_one_once_the_next_call_is_there(returns):
 
 if __name__ == "__main__":
     init_distributed()
-    of_every_rank = from_every_rank(on_ranks())
+    of_every_rank = all_gather_object(on_ranks())
     if dist.get_rank() == 0:
         torch.save(of_every_rank, sys.argv[1])
     dist.destroy_process_group()

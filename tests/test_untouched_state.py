@@ -15,10 +15,10 @@ from ranks import torchrun
 from torch import Tensor, nn
 
 from meshdiff import Layout, init_mesh, simulate
-from meshdiff.agreement import from_every_rank
-from meshdiff.mesh import init_distributed
-from meshdiff.simulation import unwrap
-from meshdiff.untouched import Guidance
+from meshdiff.autoshard import Guidance
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.mesh import init_distributed
+from meshdiff.distributed.simulation import unwrap
 
 KEPT: dict[int, int] = {}
 STEPS = 6
@@ -428,7 +428,7 @@ def test_real_ranks_are_right_as_well(tmp_path):
 
 if __name__ == "__main__":
     init_distributed()
-    of_every_rank = from_every_rank(on_ranks())
+    of_every_rank = all_gather_object(on_ranks())
     if dist.get_rank() == 0:
         torch.save(of_every_rank, sys.argv[1])
     dist.destroy_process_group()

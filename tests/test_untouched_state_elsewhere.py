@@ -16,9 +16,9 @@ from counting_elsewhere import Settings
 from torch import Tensor, nn
 
 from meshdiff import Layout, init_mesh, simulate
-from meshdiff.simulation import unwrap
-from meshdiff.untouched import Guidance
-from meshdiff.untouched.snapshot import ModuleSnapshot
+from meshdiff.autoshard import Guidance
+from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
+from meshdiff.distributed.simulation import unwrap
 
 NUMBERS = itertools.count(1)
 X = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from meshdiff.untouched.tidy import tidy
+from meshdiff.autoshard.capture.passes import tidy
 
 
 def detours(tokens, weight):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from meshdiff import Layout, init_mesh, simulate
-from meshdiff.simulation import unwrap
-from meshdiff.untouched import Guidance
+from meshdiff.autoshard import Guidance
+from meshdiff.distributed.simulation import unwrap
 
 
 class Scale(nn.Module):

@@ -15,10 +15,10 @@ from torch.distributed.tensor import Shard
 from weight_kinds import CHANNELS, KINDS, Model
 
 from meshdiff import Layout, init_mesh
-from meshdiff.agreement import from_every_rank
+from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.mesh import init_distributed
 from meshdiff.integrations.diffusers import parallelize
-from meshdiff.mesh import init_distributed
-from meshdiff.untouched.compare import difference
 
 STEPS = 5
 """A call that finds out, one that is watched, one captured, one tried, one by its program."""
@@ -199,7 +199,7 @@ def of_kinds(meshes: dict[str, DeviceMesh]) -> dict[Any, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     init_distributed()
-    of_every_rank = from_every_rank(on_ranks())
+    of_every_rank = all_gather_object(on_ranks())
     if torch.distributed.get_rank() == 0:
         torch.save(of_every_rank, sys.argv[1])
     torch.distributed.destroy_process_group()

@@ -16,13 +16,13 @@ from tiny import alone
 from tiny_wan import LEVELS, REQUEST, TOKENS, by_diffusers, checkpoint, make, request, traffic
 
 from meshdiff import InputError, Layout, explain_strategy, init_mesh, place, simulate
-from meshdiff.mesh import replicate_module
+from meshdiff.distributed.mesh import replicate_module
+from meshdiff.distributed.placements import POSITIONS, REPLICATED, SEQUENCE
+from meshdiff.distributed.simulation import rank_values, unwrap
 from meshdiff.models import WanModel, WanRequest
 from meshdiff.models.layers import rope_3d
 from meshdiff.models.wan import WanConfig, WanTransformer, patchify, unpatchify
 from meshdiff.pipeline import prepare_request
-from meshdiff.placements import POSITIONS, SEQUENCE, WHOLE
-from meshdiff.simulation import rank_values, unwrap
 
 CPU = torch.device("cpu")
 
@@ -189,12 +189,12 @@ def test_real_geometries_are_divided_rightly_and_evenly(root, monkeypatch, heigh
     with simulate(cp):
         mesh = init_mesh(Layout(1, cp), "cpu")["cp"]
         replicate_module(transformer, mesh)
-        context = transformer.encode_text(place(text, mesh, [WHOLE]))
+        context = transformer.encode_text(place(text, mesh, [REPLICATED]))
         tables = tuple(place(table, mesh, [POSITIONS]) for table in rope)
         tokens_of_ranks = place(x, mesh, [SEQUENCE])
         query = place(torch.empty(1, tokens, 12, 6), mesh, [SEQUENCE])
         assert explain_strategy(query, query, query).strategy == strategy
         shards = {len(shard[0]) for shard in rank_values(tokens_of_ranks.to_local())}
         assert max(shards) - min(shards) <= 1
-        velocity = unwrap(transformer(tokens_of_ranks, place(time, mesh, [WHOLE]), context, tables).full_tensor())
+        velocity = unwrap(transformer(tokens_of_ranks, place(time, mesh, [REPLICATED]), context, tables).full_tensor())
     assert (velocity - expected).norm() / expected.norm() < 1e-5

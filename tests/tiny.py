@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from meshdiff import CommsCounter, DigitsModel, Layout, Pipeline, Request, init_mesh
-from meshdiff.models.prompts import VOCABULARY
+from meshdiff.models.digits_prompts import VOCABULARY
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
 
 DEPTH = 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff import CommsCounter, Layout, Pipeline
-from meshdiff.models import WanModel, WanRequest, wan_t2v
+from meshdiff.models import WanModel, WanRequest, wan_model
 from meshdiff.models.layers import CrossAttention
 
 FLOAT = 4
@@ -52,7 +52,11 @@ def make(root: Path, mesh: DeviceMesh, version: str = "2.1", level: str = "plain
     of_model = {name: options.pop(name) for name in ("offload_text", "tiles_on_host") if name in options}
     model = WanModel.open(str(checkpoint(root, version) / "diffusers"), **of_model)
     pipeline = Pipeline(model, mesh, **options)
-    encoded, projected, comms = counted(wan_t2v, "encode_text"), counted(CrossAttention, "project"), CommsCounter(mesh)
+    encoded, projected, comms = (
+        counted(wan_model, "encode_text"),
+        counted(CrossAttention, "project"),
+        CommsCounter(mesh),
+    )
     with encoded, projected, comms:
         video = pipeline.generate(request(version))
     return video, comms.as_dict(), [encoded.calls, projected.calls]
@@ -81,7 +85,7 @@ class counted:
 def traffic(model: WanModel, layout: Layout, sharded: bool = False, real: bool = True) -> dict:
     """What a run of `REQUEST` sends, of the rank that sends most; real ranks agree before and after as well."""
     sent = run_traffic(layout, model.config, REQUEST, 2, TOKENS)
-    text = 2 * wan_t2v.TEXT_LENGTH * model.config.text_dim * FLOAT
+    text = 2 * wan_model.TEXT_LENGTH * model.config.text_dim * FLOAT
     for dim, ranks in (("cfg", layout.cfg), ("cp", layout.cp)):
         if ranks > 1:
             sent[dim]["broadcast"] = {"count": 1, "bytes": text * (ranks - 1)}

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from meshdiff import CommsCounter, parallelize
-from meshdiff.simulation import outside, unwrap
-from meshdiff.untouched.compare import difference
+from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.simulation import outside, unwrap
 
 CHANNELS, HEADS = 12, 3
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 import tyro
 
+from meshdiff.cli.output import output_folder
 from meshdiff.errors import InputError
-from meshdiff.output import output_folder
 
 if not __package__:  # run as a folder, which is then where Python looks for modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])

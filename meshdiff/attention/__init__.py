@@ -21,11 +21,11 @@ local     nothing                     nothing; the gradients of key     nothing 
 
 from __future__ import annotations
 
-from meshdiff.attention.attend import MeshAttention, explain_strategy, mesh_attention
-from meshdiff.attention.choice import Choice
-from meshdiff.attention.drop_in import sharded_attention
 from meshdiff.attention.joint import joint_attention
-from meshdiff.attention.style import ContextParallel
+from meshdiff.attention.mesh_attention import MeshAttention, explain_strategy, mesh_attention
+from meshdiff.attention.parallel_style import ContextParallel
+from meshdiff.attention.sdpa_mode import sharded_attention
+from meshdiff.attention.strategy import Choice
 
 __all__ = [
     "Choice",

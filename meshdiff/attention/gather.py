@@ -18,12 +18,12 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshdiff.attention.blocks import wide
-from meshdiff.attention.exchange import all_to_all
+from meshdiff.attention.block_kernels import wide
 from meshdiff.attention.local import attend_rows, in_order, out_of_order
 from meshdiff.attention.problem import Problem, count
-from meshdiff.compat import all_gather
-from meshdiff.simulation import on_each_rank
+from meshdiff.attention.seq_head_exchange import all_to_all
+from meshdiff.distributed.simulation import on_each_rank
+from meshdiff.distributed.torch_compat import all_gather
 
 __all__ = ["gather"]
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
 from meshdiff.attention.masks import part
 from meshdiff.attention.problem import Problem, count
 from meshdiff.attention.ring import ring
-from meshdiff.mesh import ring_of_groups
-from meshdiff.simulation import on_each_rank
+from meshdiff.attention.seq_head_exchange import Exchange, heads_to_sequence, sequence_to_heads
+from meshdiff.distributed.mesh import ring_of_groups
+from meshdiff.distributed.simulation import on_each_rank
 
 __all__ = ["hybrid", "members"]
 

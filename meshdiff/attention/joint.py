@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshdiff.attention.checks import check_ranks, describe, is_placed, plain_mask, read
-from meshdiff.attention.choice import AUTO, STRATEGIES, choose_strategy
 from meshdiff.attention.local import scaled_dot_product_attention
 from meshdiff.attention.masks import whole_mask
 from meshdiff.attention.problem import Problem, chunk_ranges
-from meshdiff.kept import kept_by_mesh
-from meshdiff.placements import SEQUENCE, WHOLE
-from meshdiff.shards import from_shard, to_shard
-from meshdiff.simulation import on_each_rank
+from meshdiff.attention.strategy import AUTO, STRATEGIES, choose_strategy
+from meshdiff.attention.validation import check_ranks, describe, is_placed, plain_mask, read
+from meshdiff.distributed.caching import lru_cache_by_mesh
+from meshdiff.distributed.local_shards import from_shard, to_shard
+from meshdiff.distributed.placements import REPLICATED, SEQUENCE
+from meshdiff.distributed.simulation import on_each_rank
 
 __all__ = ["attend_beside", "joint_attention"]
 
@@ -142,7 +142,7 @@ def attend_beside(
     return STRATEGIES[choose_strategy(problem, strategy).strategy](problem, query, key, value, mask)
 
 
-@kept_by_mesh
+@lru_cache_by_mesh
 def _beside_problem(
     mesh: DeviceMesh,
     sizes: tuple[int, ...],
@@ -166,7 +166,7 @@ def _sizes(query: Tensor, total: int) -> tuple[int, int, int, int]:
 
 def _divide(tensor: Tensor) -> Tensor:
     """Whole text as each rank's part of it; nothing is sent."""
-    if isinstance(tensor, DTensor) and tensor.placements[0] == WHOLE:
+    if isinstance(tensor, DTensor) and tensor.placements[0] == REPLICATED:
         return tensor.redistribute(placements=[SEQUENCE])
     return tensor
 

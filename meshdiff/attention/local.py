@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meshdiff.attention.masks import causal, part
 from meshdiff.attention.problem import Problem, Tokens, count
-from meshdiff.simulation import on_each_rank
+from meshdiff.distributed.simulation import on_each_rank
 
 __all__ = [
     "attend_rows",

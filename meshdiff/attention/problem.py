@@ -8,7 +8,7 @@ from itertools import accumulate, chain, pairwise
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.kept import kept
+from meshdiff.distributed.caching import cached
 
 __all__ = ["Problem", "Tokens", "chunk_ranges", "chunk_sizes", "count"]
 
@@ -87,7 +87,7 @@ def chunk_sizes(length: int, chunks: int) -> list[int]:
     return [max(0, min(size, length - i * size)) for i in range(chunks)]
 
 
-@kept
+@cached
 def chunk_ranges(length: int, chunks: int, start: int = 0) -> tuple[range, ...]:
     """The same as ranges of positions, the first of which is `start`.
 

@@ -23,11 +23,11 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meshdiff.attention.blocks import accumulator, attend_block, attend_block_backward, merge, wide
+from meshdiff.attention.block_kernels import accumulator, attend_block, attend_block_backward, merge, wide
 from meshdiff.attention.local import both
 from meshdiff.attention.masks import causal, part
 from meshdiff.attention.problem import Problem, count
-from meshdiff.simulation import on_each_rank
+from meshdiff.distributed.simulation import on_each_rank
 
 __all__ = ["ring"]
 
@@ -38,13 +38,13 @@ SWALLOWS = 2**25
 def ring(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
     if mask is not None and mask.is_floating_point():
-        mask, swallowed = _level(problem, problem.mesh.get_local_rank(), mask)
+        mask, swallowed = _shift_mask(problem, problem.mesh.get_local_rank(), mask)
         query = _blank(query, swallowed)
     return _Ring.apply(problem, query, key, value, mask)
 
 
 @on_each_rank
-def _level(problem: Problem, rank: int, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _shift_mask(problem: Problem, rank: int, mask: Tensor) -> tuple[Tensor, Tensor]:
     """An additive mask whose highest entry of each row is 0, which leaves attention as it is.
 
     A row of nothing but -1e9 or the dtype's lowest number would swallow the
@@ -76,8 +76,8 @@ class _Ring(torch.autograd.Function):
         output, lse = _nothing_seen(query)
         block = _pack(key, value)
         for step in range(problem.ranks):
-            following = _pass_on(block, problem, step, rank) if step + 1 < problem.ranks else block
-            output, lse = _see(problem, step, rank, output, lse, query, block, mask)
+            following = _rotate(block, problem, step, rank) if step + 1 < problem.ranks else block
+            output, lse = _forward_step(problem, step, rank, output, lse, query, block, mask)
             block = funcol.wait_tensor(following)
         ctx.problem = problem
         ctx.save_for_backward(query, key, value, mask, output.to(wide(query.dtype)), lse.to(wide(query.dtype)))
@@ -92,18 +92,18 @@ class _Ring(torch.autograd.Function):
         arriving: Tensor | None = None
         block = _pack(key, value)
         for step in range(problem.ranks):
-            following = _pass_on(block, problem, step, rank) if step + 1 < problem.ranks else block
-            share, of_block = _blame(problem, step, rank, gradient, query, block, mask, output, lse)
+            following = _rotate(block, problem, step, rank) if step + 1 < problem.ranks else block
+            share, of_block = _backward_step(problem, step, rank, gradient, query, block, mask, output, lse)
             of_query = of_query + share
             # What earlier ranks found arrives while this one computes its own share.
             of_block = of_block if arriving is None else of_block + funcol.wait_tensor(arriving)
-            arriving = _pass_on(of_block, problem, step, rank)
+            arriving = _rotate(of_block, problem, step, rank)
             block = funcol.wait_tensor(following)
         of_key, of_value = _unpack_home(problem, rank, funcol.wait_tensor(arriving), key)
         return None, _to_tokens(of_query, query), of_key, of_value, None
 
 
-def _pass_on(block: Tensor, problem: Problem, step: int, rank: int) -> Tensor:
+def _rotate(block: Tensor, problem: Problem, step: int, rank: int) -> Tensor:
     """Start sending this step's block to the next rank, and receiving the one that the rank before holds."""
     return funcol.all_to_all_single(
         block,
@@ -149,7 +149,7 @@ def _block(problem: Problem, step: int, rank: int, block: Tensor, mask: Tensor |
 
 
 @on_each_rank
-def _see(
+def _forward_step(
     problem: Problem,
     step: int,
     rank: int,
@@ -168,7 +168,7 @@ def _see(
 
 
 @on_each_rank
-def _blame(
+def _backward_step(
     problem: Problem,
     step: int,
     rank: int,

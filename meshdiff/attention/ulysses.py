@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.attention.exchange import Exchange, heads_to_sequence, sequence_to_heads
 from meshdiff.attention.local import in_order, is_in_order, out_of_order, scaled_dot_product_attention
 from meshdiff.attention.masks import part
 from meshdiff.attention.problem import Problem, Tokens, count
-from meshdiff.kept import kept_by_mesh
-from meshdiff.shards import place_on
-from meshdiff.simulation import on_each_rank
+from meshdiff.attention.seq_head_exchange import Exchange, heads_to_sequence, sequence_to_heads
+from meshdiff.distributed.caching import lru_cache_by_mesh
+from meshdiff.distributed.local_shards import place_on
+from meshdiff.distributed.simulation import on_each_rank
 
 __all__ = ["ulysses"]
 
@@ -47,7 +47,7 @@ def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: T
     return heads_to_sequence(of_queries, attended)[0]
 
 
-@kept_by_mesh
+@lru_cache_by_mesh
 def _exchanges(mesh: DeviceMesh, problem: Problem) -> tuple[Exchange, Exchange, Exchange | None]:
     """Of query, of key and value, and of all three where they have the same tokens."""
 

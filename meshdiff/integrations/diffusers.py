@@ -16,9 +16,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.attention.choice import AUTO
-from meshdiff.untouched import Guidance, Make, Parallelized, Report
-from meshdiff.untouched import parallelize as parallelize_module
+from meshdiff.attention.strategy import AUTO
+from meshdiff.autoshard import Backend, Guidance, Parallelized, Report
+from meshdiff.autoshard import parallelize as parallelize_module
 
 __all__ = ["Parallel", "parallelize"]
 
@@ -69,7 +69,7 @@ def parallelize(
     *,
     strategy: str = AUTO,
     verify: bool = False,
-    capture: bool | Make = False,
+    capture: bool | Backend = False,
 ) -> Parallel:
     """Put a model of diffusers, or the transformers of a pipeline, on a mesh.
 

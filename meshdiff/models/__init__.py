@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.sampling import Solver
 from meshdiff.models.digits import DigitsModel
-from meshdiff.models.random import RandomModel, RandomShape
-from meshdiff.models.wan_t2v import WanModel, WanRequest
-from meshdiff.request import Request
-from meshdiff.sampling import Solver
+from meshdiff.models.random_weights import RandomModel, RandomShape
+from meshdiff.models.wan_model import WanModel, WanRequest
 
 __all__ = ["DigitsModel", "RandomModel", "RandomShape", "Transformer", "VideoModel", "WanModel", "WanRequest"]
 

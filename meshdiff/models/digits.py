@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.sampling import SOLVERS, Solver, flow_times
+from meshdiff.distributed.mesh import place
+from meshdiff.distributed.placements import REPLICATED
 from meshdiff.errors import InputError
-from meshdiff.mesh import place
 from meshdiff.models.checkpoint import load_weights
+from meshdiff.models.digits_prompts import Prompt, parse_prompt
 from meshdiff.models.layers import parameter_dtype, rope_3d
-from meshdiff.models.prompts import Prompt, parse_prompt
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
 from meshdiff.models.wan import patchify, unpatchify
-from meshdiff.placements import WHOLE
-from meshdiff.request import Request
-from meshdiff.sampling import SOLVERS, Solver, flow_times
 
 __all__ = ["WEIGHTS", "DigitsModel"]
 
@@ -100,7 +100,7 @@ class DigitsModel:
     def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
         """The numbers of each prompt's words, int64 `[len(prompts), TEXT_LENGTH]`."""
         words = torch.tensor([parse_prompt(prompt).words() for prompt in prompts], device=mesh.device_type)
-        return place(words, mesh["cp"], [WHOLE])
+        return place(words, mesh["cp"], [REPLICATED])
 
     def noise(self, request: Request) -> Tensor:
         """Initial tokens `[1, seq, patch_dim]` float32, drawn on the CPU so that they depend on the seed alone."""

@@ -1,0 +1,1 @@
+"""Calls as graphs: the operations and collectives of one rank."""

@@ -1,0 +1,282 @@
+"""Calls that have settled, as programs: what a rank computes and sends, without the Python that led there.
+
+The Python of a model, and what stands around each torch function to keep it on
+shards, take as long in every call and come to the same operations. A program
+is these operations, on the plain tensors of one rank, collectives included, as
+torch's `make_fx` notes them while the model runs: an `fx` graph, to be run, read
+or compiled. Weights are in it by which tensors they are, not by value.
+
+Whatever else a model's Python does is not done again. So a call is watched once
+(`purity`): it has no program if it reads values of tensors, writes to what it has
+not made, changes the model, or calls hooks. It is captured the next time, and
+the program is tried in the call after that, beside the model. From then on it
+runs for calls like that one (`call_key`), as long as the model is what it was
+(`module_facts`). All else runs without. To capture and to try takes three calls more,
+once: what these compute and send is thrown away. The programs of the kinds of
+calls that were used last are kept (`call_kinds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from meshdiff.autoshard.call_key import NotCaptured, described
+from meshdiff.autoshard.capture.call_kinds import KINDS, CallKinds
+from meshdiff.autoshard.capture.module_facts import Facts
+from meshdiff.autoshard.capture.passes import tidy
+from meshdiff.autoshard.capture.purity import note_output, watching
+from meshdiff.autoshard.fallback import Before, agree_on_fallback, one_line
+from meshdiff.autoshard.numerics import difference, has_numbers, one_sided, tolerance
+from meshdiff.distributed.consensus import all_gather_object, is_collective_error
+
+__all__ = ["Backend", "GraphCapture"]
+
+CHANGES = 3
+"""How often a model may have changed between calls of a kind before they are no longer captured."""
+
+Run = Callable[[Any, Any], Any]
+Backend = Callable[[GraphModule], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """What a rank computes and sends in calls of one kind.
+
+    Attributes:
+        graph: takes the tensors of a call, returns those of its output.
+        run: what was made of the graph.
+        structure, leaves: of the model's output; in the place of each tensor, `Tensor`.
+        facts: of the model that was captured.
+        note: why the graph itself is run, if something else was made of it.
+    """
+
+    graph: GraphModule
+    run: Callable[..., Any]
+    structure: TreeSpec
+    leaves: tuple[Any, ...]
+    facts: Facts
+    note: str = ""
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        made = iter(self.run(*tensors))
+        return tree_unflatten([next(made) if leaf is Tensor else leaf for leaf in self.leaves], self.structure)
+
+    @property
+    def size(self) -> int:
+        """How many operations there are."""
+        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+
+
+@dataclass
+class CaptureState:
+    """Calls that are alike, and how far they have come."""
+
+    was_watched: bool = False
+    program: CapturedGraph | None = None
+    was_tried: bool = False
+    changes: int = 0
+    runs: int = 0
+    """How often its program has run instead of the model."""
+    rejection: str = ""
+    """Why there will be no program."""
+
+
+class GraphCapture:
+    """The programs of one model on one mesh.
+
+    Args:
+        module: the model.
+        mesh: the 1-D mesh that it is on.
+        name: of this model, the same on every rank, and no other's.
+        backend: makes of a graph what is run, `torch.compile` say; None to run the graph itself.
+    """
+
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, name: str, backend: Backend | None) -> None:
+        self.module, self.mesh, self.name, self.backend = module, mesh, name, backend
+        self._kinds = CallKinds(CaptureState)
+        self._rejection = ""  # of the last call without a program
+        self._retreats = 0
+
+    @property
+    def programs(self) -> list[CapturedGraph]:
+        """Those that run instead of the model."""
+        return [kind.program for kind in self._kinds if kind.program is not None and kind.was_tried]
+
+    def __str__(self) -> str:
+        if self.programs:
+            sizes = sorted({program.size for program in self.programs})
+            size = " and ".join(f"{size:,}" for size in sizes) if len(sizes) < 4 else f"{sizes[0]:,} to {sizes[-1]:,}"
+            number = f" in {len(self.programs)} programs" if len(self.programs) > 1 else ""
+            notes = sorted({program.note for program in self.programs if program.note})
+            if self._kinds.let_go:
+                notes.append(
+                    f"of {self._kinds.let_go:,} kinds of calls the programs were let go, for {KINDS} are kept, those "
+                    f"used last; let go last: for inputs of {self._kinds.last or 'no shape'}"
+                )
+            return "; ".join([f"Captured: {size} operations a call{number}, without the Python around them", *notes])
+        return f"Not captured: {self._rejection or 'it has not been called often enough'}"
+
+    def call(self, run: Run, args: Any, kwargs: Any) -> Any:
+        """What the model returns, by its program if there is one, else by `run`, which calls the model on the mesh."""
+        try:
+            key, tensors = described(args, kwargs, self.mesh.device_type)
+            kind = self._kind(key)
+        except NotCaptured as reason:
+            self._rejection = str(reason)
+            kind = None
+        if kind is None:
+            return run(args, kwargs)
+        what = "" if kind.program is None else kind.program.facts.changed(Facts(self.module))
+        if what:
+            self._agree(f"{type(self.module).__name__} was changed: {what}")
+            self._kinds.replace(lambda one: one if one.program is None else CaptureState(changes=one.changes + 1))
+            kind = self._kinds.use(key)
+        if not kind.was_watched:
+            return self._watch(kind, run, args, kwargs)
+        if kind.program is None:
+            return self._capture(kind, run, args, kwargs, tensors)
+        if not kind.was_tried:
+            return self._try(kind, kind.program, run, args, kwargs, tensors)
+        kind.runs += 1
+        return kind.program(tensors)
+
+    def _kind(self, key: Any) -> CaptureState:
+        kind = self._kinds.use(key)
+        if kind.rejection:
+            raise NotCaptured(kind.rejection)
+        return kind
+
+    def _watch(self, kind: CaptureState, run: Run, args: Any, kwargs: Any) -> Any:
+        """A call as it always is, in which we see whether it does something that a program would miss."""
+        self._agree("a call is new on this rank: of other shapes, strides or arguments, or of a model that was changed")
+        with watching(self.module, (args, kwargs)) as watch:
+            output = run(args, kwargs)
+        note_output(watch, output)
+        if kind.changes >= CHANGES:
+            watch.note("the model is changed again and again")
+        kind.was_watched = True
+        self._settle(kind, watch.found)
+        return output
+
+    def _capture(self, kind: CaptureState, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+        """A call whose operations are noted."""
+        leaves, structure = tree_flatten((args, kwargs))
+        outputs: list[Any] = []
+
+        def program(*own: Tensor) -> list[Tensor]:
+            given = {id(tensor): alias for tensor, alias in zip(tensors, own, strict=True)}
+            args, kwargs = tree_unflatten([given.get(id(leaf), leaf) for leaf in leaves], structure)
+            outputs.append(run(args, kwargs))
+            return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
+
+        before = Before(self.module, args, kwargs)
+        try:
+            with watching(self.module, (args, kwargs)) as watch:
+                # AliasTracker, or a weight that is given as well would be an input where it is a weight.
+                graph = make_fx(program)(*(tensor.detach() for tensor in tensors))
+        except Exception as error:
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error):
+                raise
+            before.restore(error)
+            kind.rejection = self._rejection = one_line(error)
+            self._agree(kind.rejection)
+            return run(args, kwargs)
+        note_output(watch, outputs[0])
+        if self._settle(kind, watch.found):
+            if self.backend is None:
+                for node in graph.graph.nodes:
+                    node.meta.clear()  # of each result a tensor without values, which take more than all the rest
+            with self._same_numbers():
+                tidy(graph, tensors, at_once=self.backend is None)
+            flat, returned = tree_flatten(outputs[0])
+            kind.program = CapturedGraph(
+                graph,
+                graph if self.backend is None else self.backend(graph),
+                returned,
+                tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
+                self._facts(),
+            )
+        return outputs[0]
+
+    def _facts(self) -> Facts:
+        """Of the model as it is now: they are large, and those of another program are the same if nothing changed."""
+        now = Facts(self.module)
+        others = (kind.program.facts for kind in self._kinds if kind.program is not None)
+        return next((facts for facts in others if not facts.changed(now)), now)
+
+    def _try(
+        self, kind: CaptureState, program: CapturedGraph, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]
+    ) -> Any:
+        """A call by the model and by its program, with other inputs than those that it was captured with."""
+        with self._same_numbers():
+            expected = run(args, kwargs)
+        reason = _otherwise(program, tensors, expected)
+        if program.run is not program.graph:
+            reasons = [of_rank for of_rank in all_gather_object(reason, self.mesh) if of_rank]
+            if reasons:
+                kind.program = replace(
+                    program, run=program.graph, note=f"as they are, for what was made of it {reasons[0]}"
+                )
+                reason = _otherwise(kind.program, tensors, expected)
+        kind.was_tried = all(all_gather_object(has_numbers(expected), self.mesh))
+        if not kind.was_tried:
+            self._rejection = "the model returns nothing but NaN and infinities, to which no program can be compared"
+        self._settle(kind, f"its program {reason}" if reason else "")
+        return expected
+
+    def _same_numbers(self) -> AbstractContextManager[None]:
+        """The random numbers that are drawn in the body are those that are drawn after it."""
+        on_cpu = self.mesh.device_type == "cpu"
+        return torch.random.fork_rng([] if on_cpu else [torch.accelerator.current_device_index()])
+
+    def _agree(self, why: str) -> None:
+        """Wait until every rank leaves the way for this reason; one alone would wait for others in the next collective.
+
+        Raises:
+            RuntimeError: that names the reason, if they do not.
+        """
+        self._retreats += 1
+        agree_on_fallback(self.mesh, f"{self.name}/capture/{self._retreats}", why, RuntimeError(why))
+
+    def _settle(self, kind: CaptureState, reason: str) -> bool:
+        """Whether these calls may go on to have a program, which all ranks decide alike."""
+        reasons = [of_rank for of_rank in all_gather_object(reason, self.mesh) if of_rank]
+        if reasons:
+            kind.rejection = self._rejection = reasons[0]
+            kind.program = None
+        return not reasons
+
+
+def _otherwise(program: CapturedGraph, tensors: list[Tensor], expected: Any) -> str:
+    """What a program does otherwise than the model; "" if it does the same."""
+    try:
+        output = program(tensors)
+    except Exception as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error):
+            raise
+        return f"cannot run: {one_line(error)}"
+    (own, structure), (leaves, wanted) = tree_flatten(output), tree_flatten(expected)
+    if structure != wanted or not all(map(_same_kind, own, leaves)):
+        return "gives something of another form than the model"
+    apart = difference(output, expected)
+    if apart <= tolerance(expected):
+        return ""
+    return one_sided(output, expected, "the model") or f"gives something else than the model ({apart:.1e} apart)"
+
+
+def _same_kind(leaf: Any, expected: Any) -> bool:
+    """Whether two leaves are alike, but for numbers of floating point tensors."""
+    if not isinstance(leaf, Tensor) or not isinstance(expected, Tensor):
+        return type(leaf) is type(expected) and leaf == expected
+    alike = leaf.shape == expected.shape and leaf.dtype == expected.dtype
+    return alike and (leaf.is_floating_point() or leaf.is_complex() or torch.equal(leaf, expected))

@@ -1,0 +1,144 @@
+"""What a call does besides operations on tensors, which a program of these operations would miss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meshdiff.autoshard.aliasing import memory
+from meshdiff.autoshard.call_key import PLAIN
+from meshdiff.autoshard.capture.module_facts import Facts
+from meshdiff.autoshard.cfg.calls import Written
+from meshdiff.autoshard.dispatch_mode import kind_of
+from meshdiff.autoshard.patching import original_class
+from meshdiff.autoshard.recorder import calling_line
+from meshdiff.autoshard.snapshot.code_state import SMALL
+from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
+
+__all__ = ["Watch", "note_output", "watching"]
+
+READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__,
+         Tensor.__repr__, Tensor.__format__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}  # fmt: skip
+COPIES = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1,
+          torch.tensor_split: 1, Tensor.tensor_split: 1}  # fmt: skip
+"""These read the values of tensors that they are given, from that place on, beneath whatever watches operations."""
+READS_BENEATH = {"_pack_padded_sequence"}
+DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+class Watch:
+    """What was seen first of that; "" if there was nothing."""
+
+    def __init__(self) -> None:
+        self.found = ""
+
+    def note(self, what: str) -> None:
+        self.found = self.found or what
+
+
+@contextmanager
+def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
+    """While a call runs.
+
+    Args:
+        module: the model that is called.
+        arguments: what it is called with.
+    """
+    watch, before = Watch(), ModuleSnapshot(module)
+    unseen = Facts(module).unseen
+    if unseen:
+        watch.note(f"it has {unseen}, of which a change could not be seen")
+    given = Written(arguments, by_value=True)
+    _note_hidden(watch, module)
+    with _Functions(watch), _Operations(watch):
+        yield watch
+    if given.was_written():
+        watch.note("it writes to what it is given")
+    what = before.changed(before.again(), drawn=False)
+    if what:
+        watch.note(f"it changes {what}")
+
+
+def note_output(watch: Watch, output: Any) -> None:
+    """What of an output a program could not return."""
+    for leaf in tree_leaves(output):
+        if type(leaf) not in PLAIN and type(leaf) not in SMALL:
+            watch.note(f"it returns a {type(leaf).__name__}, which may hold anything")
+
+
+def _note_hidden(watch: Watch, module: nn.Module) -> None:
+    """Python of whose doings nothing is known."""
+    for name, part in module.named_modules():
+        if part is not module and (part._forward_hooks or part._forward_pre_hooks):
+            watch.note(f"{name} has hooks, which would not be called")
+        own = vars(part).get("forward")
+        if own is not None and getattr(own, "__func__", None) is not original_class(part).forward:
+            watch.note(f"{name or 'it'} has a forward of its own")
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        copies = func in COPIES and any(
+            isinstance(leaf, Tensor) for leaf in tree_leaves((args[COPIES[func] :], kwargs))
+        )
+        if copies or func in READS:
+            self.watch.note(f"{func.__name__} ({calling_line()}) reads values of a tensor")
+        return func(*args, **kwargs)
+
+
+class _Operations(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+        self._made: dict[int, StorageWeakRef] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            self.watch.note(f"{func.name()} ({calling_line()}) is made of functions, into which nothing sees")
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::").replace("_local_scalar_dense", "item")
+        dependent = any(tag in func.tags for tag in DEPENDENT) or name in READS_BENEATH
+        if dependent and not _takes_by_number(func, args):
+            self.watch.note(f"{name} ({calling_line()}) depends on values of a tensor")
+        if isinstance(kwargs.get("generator"), torch.Generator):
+            self.watch.note(f"{name} ({calling_line()}) draws from a generator of its own")
+        result = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for place in kind_of(func).written:
+                written = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
+                for leaf in tree_leaves(written):
+                    if isinstance(leaf, Tensor) and memory(leaf)._cdata not in self._made:
+                        self.watch.note(f"{name} ({calling_line()}) writes to what it has not made")
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                made = memory(leaf)
+                self._made.setdefault(made._cdata, StorageWeakRef(made))
+        return result
+
+
+def _takes_by_number(func: Any, args: Any) -> bool:
+    """Whether this takes rows by their numbers: by true and false, it takes as many as are true."""
+    return func._overloadpacket is torch.ops.aten.index and all(
+        index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
+    )

@@ -1,0 +1,1 @@
+"""The guidance branches of a pipeline, at once."""

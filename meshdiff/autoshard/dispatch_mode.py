@@ -1,0 +1,217 @@
+"""What may run on shards: everything that torch does while a model runs comes by here.
+
+DTensor has rules for most operations, and a few of its rules are wrong on
+uneven shards, in place, or for random numbers. So an operation runs on shards
+only if it is known to be right there; nothing here knows any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from meshdiff.autoshard.aliasing import AliasTracker, memory
+from meshdiff.autoshard.lazy import LazyReshards
+from meshdiff.autoshard.recorder import calling_line
+
+__all__ = ["SafetyMode", "UnsafeMutation", "UnsupportedOnShards"]
+
+
+class UnsupportedOnShards(Exception):
+    """This operation is not known to be right on shards; nothing has been done yet."""
+
+
+class UnsafeMutation(RuntimeError):
+    """This program, on shards, would do something else than on one device; run it on whole tensors."""
+
+
+ANY = {
+    # Views: what a rank holds of the result is a view of what it holds, or DTensor gathers, which is noticed.
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand",
+    "alias", "detach", "movedim", "unflatten",
+    # Products: a rank's rows, or sums over a sharded dim, which are added up.
+    "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "sum",
+    # Along the dims that are not sharded; DTensor gathers where they are.
+    "native_layer_norm", "_fused_rms_norm", "rms_norm", "_softmax", "_log_softmax", "cat", "stack",
+    # Copies and constants.
+    "clone", "_to_copy", "copy_", "fill_", "zero_", "contiguous", "lift_fresh",
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+}  # fmt: skip
+
+ALONG_OTHER_DIMS = {"mean", "amax", "amin", "var", "std", "linalg_vector_norm", "all", "any", "topk", "sort",
+                    "argmax", "argmin", "cumsum", "max", "min",
+                    "slice", "select", "split", "split_with_sizes", "unbind", "chunk"}  # fmt: skip
+"""Right as long as they do not go along the sharded dim."""
+
+PLACES = dict.fromkeys(("topk", "linalg_vector_norm", "split", "split_with_sizes", "chunk"), 2)
+"""Where the dim is among the arguments, if not second."""
+
+DEFAULTS = {"topk": -1, "sort": -1, **dict.fromkeys(("slice", "split", "split_with_sizes", "unbind", "chunk"), 0)}
+"""What the dim is if none is given, if not all of them."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What matters here of an operation."""
+
+    name: str
+    pointwise: bool
+    random: bool
+    view: bool
+    written: tuple[int | str, ...]
+
+
+@lru_cache(maxsize=4096)
+def kind_of(func: Any) -> Kind:
+    schema = func._schema
+    written = [
+        argument.name if argument.kwarg_only else place
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return Kind(
+        schema.name.removeprefix("aten::"),
+        torch.Tag.pointwise in func.tags,
+        torch.Tag.nondeterministic_seeded in func.tags,
+        view,
+        tuple(written),
+    )
+
+
+class SafetyMode(TorchDispatchMode):
+    """Stops operations that are not known to be right on shards, and writes that would miss a copy.
+
+    Args:
+        aliases: what is noted of memory.
+        lazy: what waits for rows, which a write to where they are now would change.
+        on_operation: is told of every operation: its function, arguments and result.
+    """
+
+    supports_higher_order_operators = True  # such as flex attention
+
+    def __init__(
+        self, aliases: AliasTracker, lazy: LazyReshards, on_operation: Callable[[Any, Any, Any], None] | None = None
+    ) -> None:
+        super().__init__()
+        self.aliases, self.lazy = aliases, lazy
+        self.on_operation = on_operation
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While operations run that are right by construction: to look at one takes longer than a small one runs."""
+        if _get_current_dispatch_mode() is not self:  # another one, which has to see them, would go too
+            yield
+            return
+        self.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let flex attention compile itself; modules that are compiled, which nothing here sees into, are refused."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        sharded = any(issubclass(t, DTensor) for t in types)
+        if isinstance(func, HigherOrderOperator):
+            if sharded:
+                raise UnsupportedOnShards(func.name())
+            return func(*args, **kwargs)
+        kind = kind_of(func)
+        if not sharded and not kind.written and self.on_operation is None:
+            return func(*args, **kwargs)
+        if self.lazy and (kind.written or any(tensor in self.lazy for tensor in _tensors([*args, *kwargs.values()]))):
+            self.lazy.materialize_all()
+        if sharded and torch.Tag.inplace_view in func.tags:
+            raise UnsafeMutation(f"{kind.name} changes a tensor's shape in place, and shards keep theirs")
+        if sharded and not _is_known(kind, args, kwargs):
+            raise UnsupportedOnShards(kind.name)
+        for place in kind.written:
+            written = kwargs.get(place) if isinstance(place, str) else args[place] if place < len(args) else None
+            for tensor in _tensors(written):
+                if sharded and not isinstance(tensor, DTensor):
+                    raise UnsupportedOnShards(kind.name)
+                if self.aliases.has_live_aliases(tensor):
+                    where = f"{kind.name} ({calling_line()})"
+                    raise UnsafeMutation(f"{where} writes to memory that a view of it, or what it is a view of, shares")
+                if not isinstance(written, Tensor):  # torch counts no write to a list of tensors beneath a mode
+                    if torch.is_grad_enabled() and tensor.requires_grad:
+                        raise UnsafeMutation(
+                            f"{kind.name} ({calling_line()}) writes to tensors in a way that loses gradients"
+                        )
+                    torch.autograd.graph.increment_version(tensor)
+        result = func(*args, **kwargs)
+        if sharded and kind.written:
+            self.aliases.writes += 1
+        if sharded and kind.view:
+            self._note_copies(args[0], result)
+        if self.on_operation is not None:
+            self.on_operation(func, (args, kwargs), result)
+        return result
+
+    def _note_copies(self, source: Tensor, result: Any) -> None:
+        for tensor in _tensors(result):
+            if memory(tensor)._cdata != memory(source)._cdata:
+                self.aliases.link(source, tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
+    tensors = [tensor for tensor in _tensors([*args, *kwargs.values()]) if isinstance(tensor, DTensor)]
+    partial = any(placement.is_partial() for tensor in tensors for placement in tensor.placements)
+    if partial and not kind.view and kind.name not in ("_unsafe_view", "clone", "_to_copy"):
+        return False
+    if kind.random or any(tensor.numel() == 0 for tensor in tensors):  # torch's rule for views of nothing never ends
+        return False
+    if kind.pointwise or kind.name in ANY or (kind.name == "slice" and _takes_all(*args)):
+        return True
+    if kind.name == "repeat":
+        return all(tensor.placements[0].is_replicate() or _times(tensor, args[1]) == 1 for tensor in tensors)
+    if kind.name not in ALONG_OTHER_DIMS or not isinstance(args[0], DTensor):
+        return False
+    dims = _dims(kind, args, kwargs)
+    return dims is not None and all(
+        placement.is_replicate() or (isinstance(placement, Shard) and placement.dim not in dims)
+        for placement in args[0].placements
+    )
+
+
+def _times(tensor: DTensor, repeats: Any) -> int:
+    """How often the sharded dim is repeated."""
+    placement = tensor.placements[0]
+    return repeats[placement.dim + len(repeats) - tensor.ndim] if isinstance(placement, Shard) else 0
+
+
+def _dims(kind: Kind, args: Any, kwargs: Any) -> set[int] | None:
+    """The dims that an operation goes along; None for all of them."""
+    place = PLACES.get(kind.name, 1)
+    given = kwargs.get("dim", args[place] if len(args) > place else DEFAULTS.get(kind.name))
+    if given is None or given == [] or isinstance(given, (bool, Tensor)):
+        return None
+    return {dim % args[0].ndim for dim in (given if isinstance(given, (list, tuple)) else [given])}
+
+
+def _takes_all(tensor: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
+    """Whether a slice is all there is."""
+    length = tensor.shape[dim]
+    return step == 1 and start in (None, 0, -length) and (end is None or end >= length)

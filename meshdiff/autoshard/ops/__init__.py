@@ -1,0 +1,1 @@
+"""Torch functions on shards."""

@@ -1,0 +1,406 @@
+"""A model that somebody else wrote, over the ranks of a mesh."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
+
+from meshdiff.attention.strategy import AUTO
+from meshdiff.attention.validation import is_checked
+from meshdiff.autoshard.aliasing import AliasTracker
+from meshdiff.autoshard.block_inputs import become_shards, find_blocks, shard_tokens
+from meshdiff.autoshard.call_key import is_due, signature_of
+from meshdiff.autoshard.capture.graph_capture import Backend, GraphCapture
+from meshdiff.autoshard.dispatch_mode import SafetyMode, UnsafeMutation
+from meshdiff.autoshard.dtensor_utils import map_dtensors, out_of_inference, to_plain
+from meshdiff.autoshard.fallback import Before, agree_on_fallback, one_line
+from meshdiff.autoshard.function_mode import ShardingMode
+from meshdiff.autoshard.lazy import LazyReshards
+from meshdiff.autoshard.numerics import difference, not_numbers, one_sided, tolerance
+from meshdiff.autoshard.op_cache import DispatchCache
+from meshdiff.autoshard.patching import Interception, owners
+from meshdiff.autoshard.recorder import Recorder
+from meshdiff.autoshard.report import Report
+from meshdiff.distributed.consensus import is_collective_error
+from meshdiff.distributed.rank_checks import check_alike, check_inputs
+from meshdiff.distributed.simulation import holds_all_ranks
+from meshdiff.distributed.torch_compat import without_compiling
+
+__all__ = ["Parallelized", "parallelize"]
+
+Forward = Callable[..., Any]
+
+_names = itertools.count()
+
+
+def parallelize(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    blocks: list[str] | None = None,
+    strategy: str = AUTO,
+    verify: bool = False,
+    capture: bool | Backend = False,
+) -> Parallelized:
+    """Put a model on a mesh, as it is: from now on every call of it is shared out between the ranks.
+
+    Its code and weights stay as they are, every rank holds them whole. Every
+    rank calls it with the same plain tensors and gets the same plain tensors
+    back; gradients arrive whole in every parameter's `.grad`. At the entry of
+    each block the tokens become a DTensor that is sharded over the sequence.
+    Whatever is not known to be right on shards runs on whole tensors, the same
+    on every rank: that costs time, and `report()` says where.
+
+    The first call for each set of shapes finds out what runs how: it is slower,
+    and if something has to be taken back, the call starts again from its inputs.
+
+    Args:
+        module: any model; transformers gain most.
+        mesh: a 1-D mesh, `mesh["cp"]` say.
+        blocks: names of the submodules at whose entry tokens become shards;
+            by default the members of the module's lists of blocks.
+        strategy: of mesh attention, see `meshdiff.mesh_attention`.
+        verify: compare the first call for each set of shapes with the untouched
+            model's, on every rank, and raise if they differ.
+        capture: run calls that have settled, under `torch.no_grad()`, as programs:
+            the operations and collectives of one rank, without the Python that
+            led there, see `meshdiff.autoshard.capture.graph_capture`. True runs them as they
+            are; a function of a `torch.fx.GraphModule` makes of it what is run,
+            `torch.compile` say. What the model's Python reads that is neither an
+            argument nor an attribute (a global, a clock) stays as it was.
+
+    Returns:
+        A handle: `report()` tells what the last new call did, `programs` has what
+        was captured, `remove()` takes the module off the mesh again.
+
+    Raises:
+        ValueError: for a mesh with more than one dim, a compiled module, blocks that do not exist, or
+            `capture` in a simulation, where one program would have to be every rank's.
+    """
+    return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify, capture=capture)
+
+
+class Parallelized:
+    """A model on a mesh; see `parallelize`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        mesh: DeviceMesh,
+        *,
+        blocks: list[str] | None,
+        strategy: str,
+        verify: bool,
+        capture: bool | Backend,
+    ) -> None:
+        if mesh.ndim != 1:
+            raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
+        if any(isinstance(owner, Parallelized) for owner in owners(module)):
+            raise ValueError(f"{type(module).__name__} or a part of it is on a mesh already; remove() it there first")
+        # By name: importing the class takes as long as the rest of torch.
+        if any(part._compiled_call_impl or type(part).__name__ == "OptimizedModule" for part in module.modules()):
+            raise ValueError(f"{type(module).__name__} is compiled, which hides what it does; parallelize it as it was")
+        if blocks is not None:
+            missing = sorted(set(blocks) - {name for name, _ in module.named_modules()})
+            if missing:
+                raise ValueError(f"blocks={missing} are no submodules of {type(module).__name__}")
+        if capture and holds_all_ranks():
+            raise ValueError("capture=True takes real ranks: in a simulation one program would have to be every rank's")
+        self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
+        self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
+        self.whole: dict[str, str] = {}
+        """Kinds of blocks that run on whole tensors, and why; "" is the whole model."""
+        self._others: dict[str, set[str]] = {}
+        """By kind of block, arguments beside the tokens that are sharded at its entry."""
+        self._found: dict[str, set[str]] = {}  # more of them, in the call that goes on
+        self._learns = True
+        self._name = f"untouched-{next(_names)}"
+        self._retreats, self._checks = itertools.count(), itertools.count()
+        self._settled: set[Any] = set()
+        self._calls: dict[Any, int] = {}  # of each signature
+        self._report: Report | None = None
+        self._running: _Run | None = None
+        # These outlive a call: modules keep tensors, an error leaves some that wait.
+        self._op_cache, self._aliases, self._lazy = DispatchCache(), AliasTracker(), LazyReshards()
+        self._failed_in: str | None = None  # the block that ended the last call
+        self._is_aside = False  # while the untouched model runs
+        make = None if isinstance(capture, bool) else capture
+        self._captures = GraphCapture(module, mesh, self._name, make) if capture else None
+        self._interceptions: list[Interception] = []
+        if mesh.size() > 1:
+            for name, block in self.blocks.items():
+                if block is not module:
+                    self._interceptions.append(Interception(block, functools.partial(self._call_block, name), self))
+            self._interceptions.append(Interception(module, self._call, self, innermost=True))
+        elif self._captures is not None:
+            self._interceptions.append(Interception(module, self._call_alone, self, innermost=True))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def report(self) -> Report:
+        """What the last call that was new in its shapes ran on shards and on whole tensors, and sent.
+
+        Raises:
+            RuntimeError: before the first call.
+        """
+        if self._report is None:
+            raise RuntimeError("there is nothing to report before the first call, or on a mesh of one rank")
+        return replace(self._report, captured=self.captured)
+
+    @property
+    def programs(self) -> list[GraphModule]:
+        """What runs on this rank instead of the model, a graph for each kind of call; `print(graph.code)`."""
+        return [] if self._captures is None else [program.graph for program in self._captures.programs]
+
+    @property
+    def captured(self) -> str:
+        """What became of capturing calls, in one line; "" if that was not asked for."""
+        if self._captures is not None and "" in self.whole:
+            return "Not captured: it runs whole on every rank"
+        return "" if self._captures is None else str(self._captures)
+
+    @property
+    def was_called(self) -> bool:
+        """Whether there is something to report."""
+        return self._report is not None
+
+    def remove(self) -> None:
+        """Take the module off the mesh; hooks and forwards that others have put there stay."""
+        for interception in self._interceptions:
+            interception.remove()
+
+    def _call(self, inner: Forward, args: Any, kwargs: Any) -> Any:
+        args, kwargs = out_of_inference((args, kwargs))
+        signature = signature_of(self.module, args, kwargs)
+        calls = self._calls[signature] = self._calls.get(signature, 0) + 1
+        is_new = signature not in self._settled
+        if is_new or is_checked():
+            check_alike(self.mesh, self.module, (args, kwargs))
+        elif is_due(calls):
+            check_inputs(self.mesh, self.module, (args, kwargs), f"{self._name}/{next(self._checks)}")
+        if not is_new:
+            run = functools.partial(self._call_once, inner, False)
+            try:
+                captures = None if "" in self.whole else self._captures
+                return run(args, kwargs) if captures is None else captures.call(run, args, kwargs)
+            except UnsafeMutation as error:
+                self._settled.discard(signature)
+                raise UnsafeMutation(f"{error}; the next call will find out anew what can be shared out") from error
+        before = Before(self.module, args, kwargs)
+        output, learnt = self._find_out(before, inner, args, kwargs)
+        if learnt:
+            self._settled.clear()  # the next call of any shapes runs in another way
+        else:
+            self._settled.add(signature)
+        if self.verify:
+            self._compare(before, inner, output, args, kwargs)
+        return output
+
+    def _call_alone(self, inner: Forward, args: Any, kwargs: Any) -> Any:
+        """On a mesh of one rank."""
+        assert self._captures is not None
+        return self._captures.call(lambda args, kwargs: inner(*args, **kwargs), args, kwargs)
+
+    def _find_out(self, before: Before, inner: Forward, args: Any, kwargs: Any) -> tuple[Any, bool]:
+        """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again.
+
+        Returns:
+            the output, and whether the next call is to be another one.
+        """
+        known = dict(self.whole)
+        while True:
+            try:
+                self._found = {}
+                output = self._call_once(inner, True, args, kwargs)
+            except Exception as error:
+                kind = self._to_retreat(error)
+                if kind is None:
+                    self.whole = known  # it is not the mesh that is wrong
+                    raise
+                if any(self._others.values()):  # it may have been these
+                    others, self._others, self._learns = sorted(self._others), {}, False
+                    agree_on_fallback(self.mesh, f"{self._name}/{next(self._retreats)}", f"{others} whole", error)
+                    before.restore(error)
+                    continue
+                # No name twice: what ranks wrote under an old one would let a rank go on before the others.
+                agree_on_fallback(self.mesh, f"{self._name}/{next(self._retreats)}", kind, error)
+                self.whole[kind] = one_line(error)
+                before.restore(error)
+                continue
+            learnt = False
+            for kind, names in self._found.items():
+                learnt = learnt or not names <= self._others.get(kind, set())
+                self._others[kind] = self._others.get(kind, set()) | names
+            return output, learnt
+
+    def _call_once(self, inner: Forward, new: bool, args: Any, kwargs: Any) -> Any:
+        if "" in self.whole:
+            output = self._untouched(inner, args, kwargs)
+            self._report = Report(type(self.module).__name__, self.mesh.size(), (), dict(self.whole))
+            return output
+        with self._on_shards(new) as run:
+            if "" in self.blocks:
+                args, kwargs = self._entered(run, "", self.module, args, kwargs)
+            output = inner(*args, **kwargs)
+        with run.recorder or ExitStack():
+            output = map_dtensors(_once(to_plain), output)
+        if run.recorder is not None:
+            self._report = Report.of(self.module, self.mesh, run.recorder, self.whole)
+        return output
+
+    def _untouched(self, inner: Forward, args: Any, kwargs: Any) -> Any:
+        """What the module does when it is on no mesh, on every rank."""
+        self._is_aside = True
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            self._is_aside = False
+
+    @contextmanager
+    def _on_shards(self, record: bool) -> Iterator[_Run]:
+        """What has to be on while the model runs."""
+        run = _Run(self._aliases, Recorder(self.mesh) if record else None)
+        self._aliases.prune()
+        self._lazy.recorder = run.recorder
+        collects = gc.isenabled()
+        # What is still in use decides whether a write is safe, and ranks must decide alike: only
+        # reference counts are the same on all of them.
+        gc.disable()
+        self._running = run
+        try:
+            with ExitStack() as stack:
+                if torch.is_inference_mode_enabled():  # in which nothing counts writes to tensors
+                    stack.enter_context(torch.inference_mode(False))
+                    stack.enter_context(torch.no_grad())
+                stack.enter_context(without_compiling())
+                stack.enter_context(implicit_replication())
+                if run.recorder is not None:
+                    stack.enter_context(run.recorder)
+                guard = SafetyMode(run.aliases, self._lazy, run.on_operation if record else None)
+                run.functions = ShardingMode(
+                    self.mesh, run.aliases, self.strategy, guard, self._op_cache, self._lazy, run.recorder
+                )
+                stack.enter_context(guard)
+                stack.enter_context(run.functions)
+                yield run
+                run.functions.materialize_all()
+        finally:
+            self._running, self._failed_in = None, run.failed_in
+            if collects:
+                gc.enable()
+
+    def _call_block(self, name: str, inner: Forward, args: Any, kwargs: Any) -> Any:
+        if self._is_aside:
+            return inner(*args, **kwargs)
+        if self._running is None:
+            if torch._C._current_graph_task_id() == -1:  # called by itself: it is a module like any other
+                return inner(*args, **kwargs)
+            with self._on_shards(False):  # checkpointing does it again for the backward pass
+                return self._call_block(name, inner, args, kwargs)
+        run, block = self._running, self.blocks[name]
+        with run.inside(name, block):
+            args, kwargs = self._entered(run, name, block, args, kwargs)
+            output = inner(*args, **kwargs)
+            if run.recorder is not None and self._learns:
+                found = become_shards(self.mesh, block, args, kwargs, output)
+                self._found.setdefault(type(block).__name__, set()).update(found)
+            return output
+
+    def _entered(self, run: _Run, name: str, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of a block: its tokens on shards, or everything whole."""
+        if type(block).__name__ in self.whole:
+            assert run.functions is not None
+            run.functions.materialize_all()
+
+            def gather(tensor: DTensor) -> Tensor:
+                plain = to_plain(tensor)
+                run.aliases.link(tensor, plain)
+                return plain
+
+            return map_dtensors(gather, (args, kwargs))
+        args, kwargs, became = shard_tokens(self.mesh, block, args, kwargs, self._others.get(type(block).__name__, ()))
+        for plain, shards in became:
+            run.aliases.link(plain, shards)
+        return args, kwargs
+
+    def _to_retreat(self, error: Exception) -> str | None:
+        """The kind of block to run on whole tensors from now on; None if that would not help."""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error) or "" in self.whole:
+            return None
+        name = self._failed_in
+        kind = "" if name is None else type(self.blocks[name]).__name__
+        return "" if kind in self.whole else kind
+
+    def _compare(self, before: Before, inner: Forward, output: Any, args: Any, kwargs: Any) -> None:
+        """With what the untouched model returns when it starts from where the call did."""
+        found = tree_map_only(Tensor, torch.clone, output)
+        with torch.no_grad(), before.once_more():
+            expected = self._untouched(inner, args, kwargs)
+        model = type(self.module).__name__
+        apart = difference(found, expected)
+        if not apart <= tolerance(expected):
+            differs = f"differs from the untouched model by {apart:.1e}"
+            raise RuntimeError(
+                f"verify: {model} on this mesh {one_sided(found, expected, 'the untouched model') or differs}"
+            )
+        if not_numbers(expected):
+            warnings.warn(
+                f"verify: the untouched {model} itself returns {not_numbers(expected)}, as it does on this mesh; "
+                "only the others could be compared",
+                stacklevel=4,
+            )
+
+
+class _Run:
+    """One call while it goes on."""
+
+    def __init__(self, aliases: AliasTracker, recorder: Recorder | None) -> None:
+        self.aliases, self.recorder = aliases, recorder
+        self.functions: ShardingMode | None = None
+        self.failed_in: str | None = None  # the block that raised, the inner one of several
+
+    @contextmanager
+    def inside(self, name: str, block: nn.Module) -> Iterator[None]:
+        """While a block runs."""
+        if self.recorder is not None:
+            self.recorder.enter(name, type(block).__name__)
+        try:
+            yield
+        except Exception:
+            self.failed_in = name if self.failed_in is None else self.failed_in
+            raise
+        finally:
+            if self.recorder is not None:
+                self.recorder.enter("", "")
+
+    def on_operation(self, func: Any, arguments: Any, result: Any) -> None:
+        assert self.recorder is not None
+        if self.functions is None or not self.functions.exchanging:
+            self.recorder.on_operation(func, arguments, result)
+
+
+def _once(function: Callable[[DTensor], Tensor]) -> Callable[[DTensor], Tensor]:
+    """One result for a DTensor, however often it is met: what is returned twice is one tensor."""
+    made: dict[int, tuple[DTensor, Tensor]] = {}
+
+    def call(tensor: DTensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor, function(tensor)
+        return made[id(tensor)][1]
+
+    return call

@@ -1,0 +1,66 @@
+"""Which torch functions are done here on shards, and the way to do one that needs nothing of other ranks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from meshdiff.autoshard.dtensor_utils import sharded_dim
+from meshdiff.distributed.local_shards import contiguous_stride, to_shard, wrap
+from meshdiff.distributed.simulation import on_each_rank
+
+if TYPE_CHECKING:
+    from meshdiff.autoshard.function_mode import ShardingMode
+
+__all__ = ["Handlers", "by_shard"]
+
+Handler = Callable[..., Any]
+"""Takes the mode, then what the function takes; returns NotImplemented for arguments it has no way with."""
+
+
+class Handlers(dict[Any, Handler]):
+    """Torch functions, and what does them on shards."""
+
+    def of(self, *functions: Any) -> Callable[[Handler], Handler]:
+        """Register what does these functions."""
+
+        def register(handler: Handler) -> Handler:
+            self.update(dict.fromkeys(functions, handler))
+            return handler
+
+        return register
+
+    def find(self, func: Any, args: Any, kwargs: Any) -> Handler | None:
+        """What does a function, if the call spells its arguments in a way that it reads."""
+        handler = self.get(func)
+        return handler if handler is not None and _reads(handler, len(args), tuple(kwargs)) else None
+
+
+@lru_cache(maxsize=4096)
+def _reads(handler: Handler, places: int, names: tuple[str, ...]) -> bool:
+    try:
+        inspect.signature(handler).bind(None, *range(places), **dict.fromkeys(names))
+    except TypeError:
+        return False
+    return True
+
+
+def by_shard(ctx: ShardingMode, tensor: Tensor, shape: torch.Size, func: Any, *args: Any) -> DTensor:
+    """A function for which a rank needs nothing of others, and which keeps the sharded dim as it is."""
+    dim = sharded_dim(tensor)
+    assert dim is not None
+    ctx.materialize(tensor)
+    with ctx.unguarded():
+        local = each(func, to_shard(tensor), *args)
+    return wrap(local, ctx.mesh, Shard(dim), shape, contiguous_stride(shape))
+
+
+@on_each_rank
+def each(func: Callable[..., Tensor], tensor: Tensor, *args: Any) -> Tensor:
+    return func(tensor, *args)

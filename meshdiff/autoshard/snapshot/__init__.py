@@ -1,0 +1,1 @@
+"""A module and all that it holds, at one time."""

@@ -1,0 +1,207 @@
+"""What a run reports of itself: time, memory, communication, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import meshdiff
+from meshdiff.diffusion.request import Request
+from meshdiff.distributed.comms import CommsCounter
+from meshdiff.distributed.consensus import all_gather_object
+from meshdiff.distributed.mesh import Layout
+from meshdiff.pipeline import Pipeline
+
+__all__ = ["PeakMemory", "RunMetrics", "Timer", "collect", "device_name"]
+
+
+class Timer:
+    """Measures the seconds of each stage and each sampling step; pass its methods to `Pipeline.generate`."""
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+        self.steps: list[float] = []
+        self._stages: list[tuple[str, float]] = []
+        self._last = self.start = time.perf_counter()
+
+    def on_stage(self, stage: str) -> None:
+        self._last = self._now()
+        self._stages.append((stage, self._last))
+
+    def on_step(self, step: int) -> None:
+        now = self._now()
+        self.steps.append(now - self._last)
+        self._last = now
+
+    def finish(self) -> tuple[float, dict[str, float]]:
+        """Seconds of everything, and of each stage."""
+        end = self._now()
+        ends = [*(start for _, start in self._stages[1:]), end]
+        return end - self.start, {name: stop - start for (name, start), stop in zip(self._stages, ends, strict=True)}
+
+    def _now(self) -> float:
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class PeakMemory:
+    """The most memory that this process holds from here on: of the GPU's allocator on CUDA, of the process on CPU.
+
+    Attributes:
+        start: bytes that it holds already: weights, and on a CPU all that was imported.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+        if device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: resets what `so_far` reads
+        self.start = self.so_far()
+
+    def so_far(self) -> int:
+        """Bytes."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        try:
+            return next(
+                1024 * int(line.split()[1])
+                for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+                if line.startswith("VmHWM")
+            )
+        except (OSError, StopIteration):  # elsewhere: of the whole life of the process
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """The contents of `metrics.json`."""
+
+    model: str
+    checkpoint: str | None
+    weights: str | None
+    shape: dict[str, int] | None
+    """Of a model that was drawn at random."""
+    layout: dict[str, int]
+    """Ranks of each mesh dim."""
+    world_size: int
+    replica: int
+    """Of those that the layout has, the one that made the clip."""
+    simulated: bool
+    """Whether one process played all ranks: its times say nothing about speed."""
+    prompt: str
+    negative_prompt: str
+    seed: int
+    frames: int
+    height: int
+    width: int
+    steps: int | None
+    guidance_scale: float | None
+    """None, as for steps: as the pipeline of diffusers has it."""
+    solver: str
+    shift: float | None
+    strategy: str
+    """Of self-attention, as it was asked for."""
+    dtype: str
+    compiled: bool
+    captured: dict[str, str]
+    """What became of capturing the calls of each transformer, where that was asked for."""
+    shard_weights: bool
+    low_memory: int
+    seconds_total: float
+    """From prompt to frames, loading of the transformer and writing excluded."""
+    seconds_by_stage: dict[str, float]
+    seconds_per_step: list[float]
+    median_seconds_per_step: float
+    """The first step, which meets everything for the first time, left out."""
+    peak_memory_bytes: list[int]
+    """For each rank of the replica, while it made the clip; see `PeakMemory`. One in a simulation."""
+    start_memory_bytes: list[int]
+    """What of that it held before."""
+    comms: dict[str, dict[str, dict[str, int]]]
+    """By mesh dim and collective: calls, and bytes one rank sent to others (of the rank that sent most)."""
+    device: str
+    threads_per_rank: int
+    guidance_scale_2: float | None = None
+    """Of Wan2.2's second expert."""
+    true_cfg_scale: float | None = None
+    """Of pipelines of diffusers that have it."""
+    torch_version: str = torch.__version__
+    meshdiff_version: str = field(default_factory=lambda: meshdiff.__version__)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def collect(
+    pipeline: Pipeline,
+    request: Request,
+    layout: Layout,
+    timer: Timer,
+    memory: PeakMemory,
+    comms: CommsCounter,
+    described: Mapping[str, Any],
+) -> RunMetrics:
+    """Gather the metrics of a finished run on every rank of the replica that made it; a collective.
+
+    Args:
+        pipeline: which made the clip.
+        request: with nothing left open.
+        layout: the mesh's.
+        timer, memory, comms: of the run.
+        described: the other fields that the caller knows.
+    """
+    seconds, stages = timer.finish()
+    ranks = all_gather_object((memory.so_far(), memory.start, comms.as_dict()), pipeline.mesh)
+    return RunMetrics(
+        layout=asdict(layout),
+        world_size=layout.world_size,
+        replica=pipeline.replica,
+        **asdict(request),
+        **described,
+        seconds_total=seconds,
+        seconds_by_stage=stages,
+        seconds_per_step=timer.steps,
+        median_seconds_per_step=statistics.median(timer.steps[1:] or timer.steps),
+        peak_memory_bytes=[peak for peak, _, _ in ranks],
+        start_memory_bytes=[start for _, start, _ in ranks],
+        comms=_largest([traffic for _, _, traffic in ranks]),
+        device=device_name(timer.device_type),
+        threads_per_rank=torch.get_num_threads(),
+    )
+
+
+def _largest(ranks: list[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dict[str, dict[str, int]]]:
+    """The largest of each number over ranks."""
+    merged: dict[str, dict[str, dict[str, int]]] = {}
+    for traffic in ranks:
+        for dim, collectives in traffic.items():
+            for name, numbers in collectives.items():
+                most = merged.setdefault(dim, {}).setdefault(name, {"count": 0, "bytes": 0})
+                merged[dim][name] = {key: max(most[key], numbers[key]) for key in most}
+    return merged
+
+
+def device_name(device_type: str) -> str:
+    """What "cuda" or "cpu" is on this machine."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

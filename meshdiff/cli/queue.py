@@ -1,0 +1,146 @@
+"""Many requests on a mesh with replicas: who does which, what is done already, and the record of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.cli.output import COMPLETE, remove_partial
+from meshdiff.cli.request_list import Entry
+from meshdiff.diffusion.request import Request
+from meshdiff.distributed.consensus import all_gather_object, is_first_rank, store
+from meshdiff.distributed.mesh import replica
+from meshdiff.errors import InputError
+
+__all__ = ["RESULTS", "Counter", "Record", "fresh", "resume", "take_turns"]
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of `results.jsonl`."""
+
+    line: int
+    """Of the list of requests."""
+    name: str
+    status: str
+    """"ok", or "failed"."""
+    error: str | None = None
+    seconds: float | None = None
+    """From prompt to frames."""
+    replica: int | None = None
+    """Which of the replicas did it."""
+
+    def append(self, folder: Path) -> None:
+        """One write, so that replicas do not write into each other's lines."""
+        line = (json.dumps(asdict(self)) + "\n").encode()
+        descriptor = os.open(folder / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+
+class Counter:
+    """A number that all ranks share and any of them raises; nobody waits for anybody."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"meshdiff/{name}"
+        self._alone = 0
+
+    def add(self, amount: int) -> int:
+        """What it is after adding."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            return store().add(self.name, amount)
+        self._alone += amount
+        return self._alone
+
+
+def take_turns(mesh: DeviceMesh, count: int, counter: Counter) -> Iterator[int]:
+    """The items, of `count`, that this rank's replica does: each takes the next one when it is free.
+
+    All ranks of a replica get the same; a collective among them, and among them only.
+    """
+    own = replica(mesh)
+    while True:
+        item = counter.add(1) - 1 if is_first_rank(own) else 0
+        item = all_gather_object(item, own)[0]
+        if item >= count:
+            return
+        yield item
+
+
+def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, Any] | None = None) -> list[Entry]:
+    """What is still to do of a list, in a folder where it may have been begun; the record is put right.
+
+    Args:
+        folder: of the whole list.
+        requests: the good entries, with nothing left open.
+        model: what else `metrics.json` has to say of a clip that is not to be done again.
+
+    Raises:
+        InputError: if a folder holds the clip of another request, or model, under the name of one of these.
+    """
+    recorded: dict[str, dict[str, Any]] = {}
+    if (folder / RESULTS).is_file():
+        for line in (folder / RESULTS).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:  # the last line may be half a line
+                record = json.loads(line)
+                recorded[record["name"]] = record
+            except (ValueError, KeyError, TypeError):
+                continue
+    kept, left = [], []
+    for entry, request in requests.items():
+        remove_partial(folder / entry.name)
+        complete = folder / entry.name / COMPLETE
+        if not complete.is_file():
+            left.append(entry)
+            continue
+        try:
+            metrics = dict(json.loads(complete.read_text(encoding="utf-8")))
+            _check_same(entry, {**asdict(request), **(model or {})}, metrics)
+            done = Record(
+                entry.line, entry.name, "ok", seconds=metrics["seconds_total"], replica=metrics.get("replica")
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("--resume", f"{complete} cannot be read; remove that folder") from error
+        before = recorded.get(entry.name, {})
+        record = {**before, "line": entry.line} if before.get("status") == "ok" else asdict(done)
+        kept.append(json.dumps(record))
+    rewritten = folder / f".{RESULTS}"
+    rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    rewritten.replace(folder / RESULTS)
+    return left
+
+
+def _check_same(entry: Entry, asked: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    for key, value in asked.items():
+        chosen_by_model = value is None and key in ("frames", "height", "width")
+        if not chosen_by_model and metrics.get(key) != value:
+            raise InputError(
+                "--resume",
+                f"{entry.name} was made with {key} {metrics.get(key)!r}, and now {value!r} is asked for; name another "
+                "--out, or remove that folder",
+            )
+
+
+def fresh(folder: Path) -> None:
+    """Make the folder of a whole list.
+
+    Raises:
+        InputError: if it holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("--out", f"{folder} is not empty; name another folder, or add --resume to go on with it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--out", f"{folder} cannot be made ({error.strerror or error})") from error

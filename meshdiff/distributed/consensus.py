@@ -1,0 +1,125 @@
+"""What ranks must agree on before they meet in a collective, where a disagreement would hang."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.distributed.simulation import is_simulated
+from meshdiff.distributed.world import store
+from meshdiff.errors import InputError
+
+__all__ = [
+    "after_first_rank",
+    "agreed",
+    "all_gather_object",
+    "check_same",
+    "is_collective_error",
+    "is_first_rank",
+    "store",
+]
+
+T = TypeVar("T")
+
+OF_GLOO = re.compile(r"\bgloo\b", re.IGNORECASE)
+"""In what gloo says, whose errors have no class of their own."""
+
+
+def is_first_rank(mesh: DeviceMesh | None = None) -> bool:
+    """Whether this rank does the talking and the writing, of a mesh or of the world."""
+    if not dist.is_initialized() or is_simulated():
+        return True
+    return dist.get_rank() == 0 if mesh is None else not any(mesh.get_coordinate() or ())
+
+
+def all_gather_object(value: T, mesh: DeviceMesh | None = None, what: str = "") -> list[T]:
+    """The `value` of every rank, of a mesh or of the world, in the order of ranks, on every rank; a collective.
+
+    Args:
+        value: what `pickle` takes.
+        mesh: the ranks that meet here; by default all.
+        what: what they meet for, where a rank may have gone another way.
+
+    Raises:
+        RuntimeError: on every rank, if they do not all meet for `what`.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulated():
+        return [value]
+    values = [(what, value)]
+    groups = [None] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    for group in reversed(groups):  # neighbours are along the last dim
+        if dist.get_world_size(group) > 1:
+            gathered: list[list[tuple[str, T]]] = [values] * dist.get_world_size(group)
+            dist.all_gather_object(gathered, values, group=group)
+            values = list(chain.from_iterable(gathered))
+    for rank, (of_rank, _) in enumerate(values):
+        if of_rank != what:
+            here, there = what or "something else", of_rank or "something else"
+            raise RuntimeError(
+                f"ranks do not do the same: one is at {here}, rank {rank} of this mesh at {there}; one that ended "
+                "a call with an error of its own, out of memory say, cannot go on alone"
+            )
+    return [of_rank for _, of_rank in values]
+
+
+@contextmanager
+def agreed(mesh: DeviceMesh | None = None) -> Iterator[None]:
+    """If one rank's body raises `InputError`, every rank does, so that none waits for ever; a collective.
+
+    Of all ranks of a mesh or of the world. Other exceptions pass as they are:
+    they end the process, which ends the job.
+    """
+    error: InputError | None = None
+    try:
+        yield
+    except InputError as raised:
+        error = raised
+    errors = all_gather_object(error, mesh)
+    failed = {rank: other for rank, other in enumerate(errors) if other is not None}
+    if not failed:
+        return
+    first = next(iter(failed.values()))
+    if len(failed) < len(errors):
+        first = InputError(f"rank {', '.join(map(str, failed))} of {len(errors)}: {first.source}", first.problem)
+    # Of a mesh that is a part of the world, the others go on.
+    first.everywhere = mesh is None
+    raise first
+
+
+def check_same(flags: Mapping[str, object]) -> None:
+    """Raise `InputError` on every rank if ranks were started with different flags; a collective."""
+    ranks = all_gather_object(dict(flags))
+    for flag, value in ranks[0].items():
+        for rank, other in enumerate(ranks):
+            if other.get(flag) != value:
+                error = InputError(
+                    flag, f"is {value} on rank 0 and {other.get(flag)} on rank {rank}; start every rank with the same"
+                )
+                error.everywhere = True
+                raise error
+
+
+def after_first_rank(name: str) -> None:
+    """Wait, however long it takes, until the first rank comes by here; no collective, so no time-out.
+
+    Args:
+        name: of this place, once a run.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulated():
+        return
+    if is_first_rank():
+        store().set(f"meshdiff/{name}", "done")
+    while not store().check([f"meshdiff/{name}"]):
+        time.sleep(0.1)
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Whether it says that a collective failed, which a rank that is missing makes it do."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(OF_GLOO.search(str(error))))

@@ -1,0 +1,333 @@
+"""The device mesh: which ranks share a sequence, which share a guidance step.
+
+A mesh has *dims* named `cfg` and `cp`; ranks of one `cp` group are neighbours,
+so that the all-to-alls of attention stay inside a node and only the one
+all-gather of guidance crosses nodes. Many requests add an outer dim `dp`, of
+replicas, which send each other nothing. Everything that knows about rank
+numbers is in this file and in the attention strategies.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from meshdiff.distributed.torch_compat import on_shards, with_timeout_of_world
+from meshdiff.distributed.world import init_distributed, launched_world_size
+from meshdiff.errors import InputError
+
+__all__ = [
+    "Layout",
+    "check_gpus",
+    "from_first_rank",
+    "groups_within",
+    "init_distributed",
+    "init_mesh",
+    "launched_world_size",
+    "on_mesh",
+    "place",
+    "ranks_of_replica",
+    "replica",
+    "replicate_buffers",
+    "replicate_module",
+    "ring_of_groups",
+    "torchrun_command",
+]
+
+DP, CFG, CP = "dp", "cfg", "cp"
+
+DOUBLING = 0.95
+"""What a rank is worth when twice as many work on one request, where one alone is worth 1; bench_layouts gave 0.92
+for the sequence and 0.97 for guidance."""
+
+# torch starts new process groups whenever a mesh is divided, so what a group was divided into is kept
+# for as long as that group lives. Equal meshes of a later world are other groups.
+_DIVIDED: WeakKeyDictionary[dist.ProcessGroup, dict[int, DeviceMesh]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks each mesh dim has; the world is their product.
+
+    Attributes:
+        cfg: ranks that the guidance branches are divided between.
+        cp: ranks that the sequence is divided between.
+        dp: replicas, of `cfg * cp` ranks each, that the requests are divided between.
+    """
+
+    cfg: int = 1
+    cp: int = 1
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (CFG, CP, DP):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}", f"{getattr(self, name)} given, needs at least 1")
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.cfg * self.cp
+
+    def __str__(self) -> str:
+        return f"dp{self.dp}-cfg{self.cfg}-cp{self.cp}" if self.dp > 1 else f"cfg{self.cfg}-cp{self.cp}"
+
+    @classmethod
+    def auto(cls, world_size: int, guided: bool = True, requests: int = 1) -> Layout:
+        """The layout to start with on `world_size` ranks; `reason` says why.
+
+        Replicas communicate nothing, so many requests take as many of them as
+        all can keep busy. Inside one, guidance parallelism communicates least,
+        so a guided run takes `cfg=2` wherever the ranks are even; the rest goes
+        to the sequence.
+        """
+        return cls._of_replica(world_size, guided, _replicas(world_size, requests))
+
+    @classmethod
+    def _of_replica(cls, world_size: int, guided: bool, dp: int) -> Layout:
+        ranks = world_size // dp
+        cfg = 2 if guided and ranks % 2 == 0 else 1
+        return cls(cfg=cfg, cp=ranks // cfg, dp=dp)
+
+    def reason(self, requests: int) -> str:
+        """Why this layout suits that many requests, in a line."""
+        ranks, turns = self.cfg * self.cp, -(-requests // self.dp)
+        if self.dp == 1:
+            who = "one rank does" if ranks == 1 else f"all {ranks} ranks do"
+            return f"{who} one request after the other, which ends {'it' if requests == 1 else 'them'} soonest"
+        each = f"{ranks} rank{'s' * (ranks > 1)}"
+        return (
+            f"{requests} requests are {turns} turn{'s' * (turns > 1)} of {self.dp} replicas of {each}, which send each "
+            "other nothing"
+        )
+
+    @classmethod
+    def resolve(
+        cls,
+        world_size: int,
+        branches: int,
+        cfg: int | None = None,
+        cp: int | None = None,
+        dp: int | None = None,
+        requests: int = 1,
+        unguided: str = "guidance scale 1",
+    ) -> Layout:
+        """The layout for what a person asked for: what they left out follows from the world.
+
+        In a world of one process the layout may ask for more: the caller then
+        has to start or to simulate them.
+
+        Args:
+            world_size: processes there are.
+            branches: guidance branches of a step; 1 without guidance.
+            cfg, cp, dp: the sizes asked for; None to choose.
+            requests: how many there are to do.
+            unguided: why there is but one branch, or what it takes to have two.
+
+        Raises:
+            InputError: if no layout of that world fits, with a command that does.
+        """
+        cls(cfg=1 if cfg is None else cfg, cp=1 if cp is None else cp, dp=1 if dp is None else dp)
+        if dp is None:
+            dp = _replicas(world_size, requests, cfg, cp)
+        ranks = max(1, world_size // dp)  # of a replica
+        if cfg is None and cp is None:
+            layout = cls._of_replica(ranks * dp, branches > 1, dp)
+        elif world_size == 1:
+            layout = cls(cfg=cfg or 1, cp=cp or 1, dp=dp)
+        else:
+            layout = cls(cfg=cfg or max(1, ranks // (cp or 1)), cp=cp or max(1, ranks // (cfg or 1)), dp=dp)
+        if layout.cfg > branches:
+            follows = "" if cfg else f" (what --cp {cp} leaves of {ranks} processes)"
+            raise InputError(
+                f"--cfg {layout.cfg}{follows}",
+                f"this run has {branches} guidance branch{'es' if branches > 1 else ''}"
+                f"{'' if branches > 1 else f' ({unguided})'}; use --cfg {branches}",
+            )
+        if world_size not in (1, layout.world_size):
+            asked = ((CP, cp), (CFG, cfg), (DP, dp if dp > 1 else None))
+            given = " ".join(f"--{name} {size}" for name, size in asked if size)
+            raise InputError(
+                given,
+                f"does not fit {world_size} processes; start it with: {torchrun_command(layout)}",
+            )
+        return layout
+
+
+def _replicas(world_size: int, requests: int, cfg: int | None = None, cp: int | None = None) -> int:
+    """The number of replicas with which that many equal requests end soonest."""
+
+    def fits(dp: int) -> bool:
+        ranks = world_size // dp
+        whole = cfg * cp == ranks if cfg and cp else ranks % (cfg or cp or 1) == 0
+        return world_size % dp == 0 and whole
+
+    def turns_of(dp: int) -> float:
+        ranks = world_size // dp
+        return -(-requests // dp) / (ranks * DOUBLING ** math.log2(ranks))
+
+    return min((dp for dp in range(1, world_size + 1) if fits(dp) and dp <= requests), key=turns_of, default=1)
+
+
+def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta | None = None) -> DeviceMesh:
+    """Start `torch.distributed`, if nobody has, and lay the mesh over its ranks.
+
+    Works under torchrun on one or several nodes, in a plain Python process
+    (a world of one), and inside `meshdiff.simulate`.
+
+    Args:
+        layout: the size of each mesh dim; their product must be the world size.
+        device_type: "cuda" (nccl) or "cpu" (gloo); by default what the machine has.
+        timeout: see `init_distributed`.
+
+    Returns:
+        A 2-D mesh with dims ("cfg", "cp"); with several replicas a 3-D one with
+        "dp" before them, of which `replica` is this rank's 2-D part.
+
+    Raises:
+        InputError: if the layout does not fit the world, or the machine has
+            fewer GPUs than ranks.
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    init_distributed(timeout)
+    if dist.get_world_size() != layout.world_size:
+        raise InputError(
+            f"--cp {layout.cp} --cfg {layout.cfg}" + f" --dp {layout.dp}" * (layout.dp > 1),
+            f"needs {layout.world_size} processes and there are {dist.get_world_size()}; start it with: "
+            f"{torchrun_command(layout)}",
+        )
+    if device_type == "cuda" and dist.get_backend() != "fake":
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    sizes = {DP: layout.dp, CFG: layout.cfg, CP: layout.cp}
+    if layout.dp == 1:
+        del sizes[DP]
+    return with_timeout_of_world(init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)))
+
+
+def replica(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that work on a request together with this one: a 2-D mesh with dims ("cfg", "cp")."""
+    return mesh if mesh.mesh_dim_names == (CFG, CP) else mesh[CFG, CP]
+
+
+def torchrun_command(layout: Layout) -> str:
+    """The command that starts this program, with these flags, as a layout's ranks on one machine."""
+    script = os.path.relpath(sys.argv[0])
+    return shlex.join(["torchrun", "--nproc-per-node", str(layout.world_size), script, *sys.argv[1:]])
+
+
+def check_gpus(ranks: int) -> None:
+    """Raise `InputError` if this machine has fewer GPUs than `ranks`."""
+    gpus = torch.cuda.device_count()
+    if gpus < ranks:
+        raise InputError(
+            "--device",
+            f"{ranks} ranks on a machine with {gpus} GPU{'' if gpus == 1 else 's'}; use fewer ranks, --device cpu, "
+            "or --simulate to play them all in one process",
+        )
+
+
+def place(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """A DTensor of a plain tensor that is the same on every rank; each keeps its part, nothing is sent."""
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def on_mesh(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement], shape: Sequence[int]) -> DTensor:
+    """See this rank's part of `tensor` as its part of a tensor on another mesh of the same ranks; nothing is sent.
+
+    `shape` is what the ranks of that mesh hold together.
+    """
+    assert isinstance(tensor, DTensor)
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(
+        tensor.to_local(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def from_first_rank(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, mesh: DeviceMesh) -> DTensor:
+    """What the mesh's first rank holds, on every rank; a broadcast along each mesh dim that has several ranks.
+
+    Args:
+        tensor: on the first rank; what others pass is not looked at.
+        shape, dtype: of that tensor, which every rank has to know.
+        mesh: with named dims.
+    """
+    if tensor is None:
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+    tensor = tensor.to(device=mesh.device_type, dtype=dtype).contiguous()
+    for dim in mesh.mesh_dim_names or ():
+        if mesh[dim].size() > 1:
+            # The ranks that are first along a dim have it from the dims before.
+            tensor = distribute_tensor(tensor, mesh[dim], [Replicate()], src_data_rank=0).to_local()
+    return place(tensor, mesh, [Replicate()] * mesh.ndim)
+
+
+def ranks_of_replica(mesh: DeviceMesh) -> DeviceMesh:
+    """All ranks of this rank's replica in a row; every rank must call it: it may start process groups.
+
+    Not by `mesh._flatten()`, after which uneven shards of that mesh are gathered wrongly (torch 2.13).
+    """
+    of_one = replica(mesh).size()
+    if mesh.size() == of_one:
+        return init_device_mesh(mesh.device_type, (of_one,), mesh_dim_names=("replica",))
+    sizes = mesh.size() // of_one, of_one
+    return with_timeout_of_world(init_device_mesh(mesh.device_type, sizes, mesh_dim_names=(DP, "replica")))["replica"]
+
+
+def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Make every parameter and buffer of `module` a DTensor that each rank of `mesh` holds whole.
+
+    In place. Ranks must hold equal values already (they read the same file):
+    nothing is sent.
+
+    Raises:
+        ValueError: if that has been done before.
+    """
+    if any(isinstance(tensor, DTensor) for tensor in [*module.parameters(), *module.buffers()]):
+        raise ValueError("the module's weights are on a mesh already; load it again for another one")
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            value = DTensor.from_local(parameter.detach(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+            child.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    return replicate_buffers(module, mesh)
+
+
+def replicate_buffers(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """`replicate_module` for the buffers only, where parameters come and go."""
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            buffer = buffer.to(mesh.device_type)
+            child._buffers[name] = DTensor.from_local(buffer, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return on_shards(module)  # here, because weights that come and go are not put on the mesh by `replicate_module`
+
+
+def ring_of_groups(mesh: DeviceMesh, size: int) -> DeviceMesh:
+    """A 1-D mesh seen as groups of `size` neighbours: a 2-D mesh with dims ("ring", "ulysses").
+
+    Every rank must call it, the first time: process groups are started.
+    """
+    groups = _DIVIDED.setdefault(mesh.get_group(), {})
+    if size not in groups:
+        groups[size] = with_timeout_of_world(mesh._unflatten(0, (mesh.size() // size, size), ("ring", "ulysses")))
+    return groups[size]
+
+
+def groups_within(group: dist.ProcessGroup) -> list[tuple[str, int | torch.SymInt]]:
+    """What `ring_of_groups` divided the group of a mesh dim into: names of groups, and this rank's place in each."""
+    return [
+        (divided.get_group(name).group_name, divided.get_local_rank(name))
+        for divided in _DIVIDED.get(group, {}).values()
+        for name in ("ring", "ulysses")
+    ]

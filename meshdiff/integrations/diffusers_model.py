@@ -1,0 +1,288 @@
+"""A folder of diffusers, whatever pipeline it holds, as a model that `experiments/run.py` runs.
+
+The pipeline is the one that diffusers makes of the folder, with its own
+scheduler, text encoders and VAE, which every rank runs; its transformers are on
+the mesh, untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from textwrap import shorten
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.attention.strategy import AUTO
+from meshdiff.autoshard import Backend
+from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.seeding import seeded
+from meshdiff.distributed.mesh import DP, replica
+from meshdiff.errors import InputError
+from meshdiff.integrations.diffusers import parallelize
+
+__all__ = ["DiffusersModel", "DiffusersRequest", "DiffusersRun"]
+
+INDEX = "model_index.json"
+
+REPLICATED = (
+    "name the folder of a pipeline, as `hf download ID --local-dir FOLDER` or `DiffusionPipeline.save_pretrained` "
+    "makes it"
+)
+
+NUMBERS = ("frames", "height", "width", "steps", "guidance_scale", "true_cfg_scale")
+"""Options of a request that a pipeline may have."""
+
+NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
+"""What pipelines call an option that has another name here."""
+
+
+@dataclass(frozen=True)
+class DiffusersRequest(Request):
+    """One clip, or image, to generate; what is left out is as the pipeline has it."""
+
+    # A pipeline has its own idea of all of these, which a type checker does not allow a subclass.
+    prompt: str = "A cat walking on grass."
+    """What the clip or image shows."""
+    frames: int | None = None  # type: ignore[assignment]
+    """Frames of the clip; the pipeline's default if left out."""
+    height: int | None = None  # type: ignore[assignment]
+    """Height in pixels; the pipeline's default if left out."""
+    width: int | None = None  # type: ignore[assignment]
+    """Width in pixels; the pipeline's default if left out."""
+    steps: int | None = None  # type: ignore[assignment]
+    """Sampling steps; the pipeline's default if left out."""
+    guidance_scale: float | None = None  # type: ignore[assignment]
+    """How strongly to follow the prompt; the pipeline's default if left out."""
+    true_cfg_scale: float | None = None
+    """The same, of pipelines that have guidance beside a guidance scale that is trained in (FLUX, Qwen-Image)."""
+    seed: int = 0
+    """Seed of the initial noise and of what the scheduler draws; the same seed gives the same clip on every layout."""
+    solver: Literal["pipeline"] = "pipeline"  # type: ignore[assignment]
+    """The scheduler of the pipeline."""
+    shift: float | None = None
+    """Is the scheduler's own; not to be given."""
+
+    @property
+    def guidance_scales(self) -> tuple[float, ...]:
+        return tuple(scale for scale in (self.guidance_scale, self.true_cfg_scale) if scale is not None)
+
+
+class DiffusersModel:
+    """A pipeline in a folder.
+
+    Args:
+        checkpoint: the folder, as `pipeline.save_pretrained` writes it.
+
+    Raises:
+        InputError: if it is none, or takes no prompt.
+    """
+
+    transformers: Sequence[nn.Module] = ()
+    fps = 16
+
+    def __init__(self, checkpoint: str) -> None:
+        self.folder = Path(checkpoint)
+        try:
+            self.kind = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"{self.folder / INDEX} cannot be read ({' '.join(str(error).split())})"
+            raise InputError("--checkpoint", f"{reason}; {REPLICATED}") from error
+        if not isinstance(getattr(diffusers, str(self.kind), None), type):
+            unknown = f"{self.folder} is a {self.kind}, which diffusers {diffusers.__version__} does not have"
+            raise InputError("--checkpoint", f"{unknown}; install one that has it, or name another folder")
+        if "prompt" not in self.options:
+            raise InputError(
+                "--checkpoint",
+                f"{self.folder} is a {self.kind}, which takes no prompt; name the folder of a pipeline that does",
+            )
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """What a call of the pipeline takes, with its defaults."""
+        parameters = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
+
+    @property
+    def guided_by(self) -> str:
+        """The option that guidance is asked for with."""
+        return "true_cfg_scale" if "true_cfg_scale" in self.options else "guidance_scale"
+
+    @property
+    def guidance_needs(self) -> str:
+        """What it takes to have two branches of guidance."""
+        if self.guided_by not in self.options:
+            return f"a {self.kind} has no guidance"
+        also = " and a --negative-prompt" * (self.guided_by == "true_cfg_scale")
+        return f"two need {_flag(self.guided_by)} above 1{also}"
+
+    def unreadable(self, reason: str) -> InputError:
+        """What to do about a folder that lacks something, or holds something that is damaged."""
+        return InputError(
+            "--checkpoint",
+            f"{self.folder} cannot be read ({reason.rstrip('.')}); a file is missing, damaged, or not of diffusers "
+            f"{diffusers.__version__}: download the folder again, or name another",
+        )
+
+    def branches(self, request: DiffusersRequest) -> int:
+        """How many branches of guidance a step has."""
+        name = self.guided_by
+        scale = getattr(request, name)
+        scale = self.options.get(name) if scale is None else scale
+        wanted = name == "guidance_scale" or bool(request.negative_prompt)
+        return 2 if wanted and scale is not None and scale > 1 else 1
+
+    def prepare(self, request: Request) -> Request:
+        if not isinstance(request, DiffusersRequest):
+            raise TypeError(f"DiffusersModel takes a DiffusersRequest, not a {type(request).__name__}")
+        for name in NUMBERS:
+            if getattr(request, name) is not None and NAMES.get(name, name) not in self.options:
+                raise InputError(_flag(name), f"is no option of a {self.kind}; leave it out")
+        if request.negative_prompt and "negative_prompt" not in self.options:
+            raise InputError("--negative-prompt", f"is no option of a {self.kind}; leave it out")
+        if request.shift is not None:
+            raise InputError("--shift", "is the pipeline's own; leave it out")
+        return replace(request, steps=request.steps or self.options.get(NAMES["steps"]))
+
+    def grid(self, request: Request) -> tuple[int, int, int]:
+        """At least as many tokens as the pipeline makes of it: sizes are its own affair."""
+        frames, height, width = (getattr(request, name) or 256 for name in ("frames", "height", "width"))
+        return frames, height, width
+
+    def arguments(self, request: DiffusersRequest) -> dict[str, Any]:
+        """What the request says, in the pipeline's words."""
+        given = {name: getattr(request, name) for name in ("prompt", "negative_prompt", *NUMBERS)}
+        return {NAMES.get(name, name): value for name, value in given.items() if value not in (None, "")}
+
+    def refusal(self, request: DiffusersRequest, error: ValueError) -> InputError:
+        """What the pipeline says against a request, with the flags where it names its options."""
+        words, named = " ".join(str(error).split()), []
+        for name in NUMBERS:
+            words, found = re.subn(rf"`?\b{NAMES.get(name, name)}\b`?", _flag(name), words, flags=re.IGNORECASE)
+            if found and getattr(request, name) is not None:
+                named.append(_flag(name))
+        return InputError(", ".join(named) or "--model diffusers", f"a {self.kind} refuses it: {words}")
+
+    def run(self, mesh: DeviceMesh, dtype: torch.dtype, strategy: str, capture: bool | Backend = False) -> DiffusersRun:
+        """The pipeline, loaded, its transformers on the mesh."""
+        return DiffusersRun(self, mesh, dtype, strategy, capture)
+
+
+class DiffusersRun:
+    """A pipeline of diffusers on a mesh, with the ways of `meshdiff.Pipeline`.
+
+    Args:
+        model: the folder.
+        mesh: from `init_mesh`; of one with replicas, this rank's takes part.
+        dtype: of weights and activations.
+        strategy: of mesh attention.
+        capture: run settled calls of the transformers as programs; see `meshdiff.parallelize`.
+    """
+
+    def __init__(
+        self,
+        model: DiffusersModel,
+        mesh: DeviceMesh,
+        dtype: torch.dtype,
+        strategy: str = AUTO,
+        capture: bool | Backend = False,
+    ) -> None:
+        self.model = model
+        self.replica = mesh.get_local_rank(DP) if DP in (mesh.mesh_dim_names or ()) else 0
+        self.mesh = replica(mesh)
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            # Weights that no file has are drawn by transformers, and no rank nor run is to draw others.
+            with seeded(0), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer versions say dtype, older know torch_dtype only
+                self.pipeline = DiffusionPipeline.from_pretrained(
+                    model.folder, torch_dtype=dtype, local_files_only=True
+                )
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of whichever library reads a part
+            reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+            raise model.unreadable(reason) from error
+        try:
+            self.pipeline.to(mesh.device_type)
+        except NotImplementedError as error:  # what no file has is left without memory
+            raise model.unreadable("it has no weights for some of its layers") from error
+        self.pipeline.set_progress_bar_config(disable=True)
+        try:
+            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy, capture=capture)
+        except ValueError as error:
+            raise InputError("--checkpoint", f"{error}; name the folder of a pipeline that has one") from error
+        schedulers = [part for part in self.pipeline.components.values() if isinstance(part, SchedulerMixin)]
+        self.fresh = [(scheduler, copy.deepcopy(vars(scheduler))) for scheduler in schedulers]
+
+    def generate(
+        self,
+        request: Request,
+        *,
+        on_step: Callable[[int], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
+    ) -> Tensor:
+        """A clip `[frames, channels, height, width]` in [-1, 1]; an image is a clip of one frame.
+
+        It depends on the request alone, not on what was made before it nor on any state of a global generator, from
+        which many schedulers draw.
+
+        Raises:
+            InputError: if the pipeline refuses the request, in its words.
+        """
+        assert isinstance(request, DiffusersRequest)
+        arguments = self.model.arguments(request)
+        if on_stage is not None:
+            on_stage("sampling")
+        if on_step is not None and "callback_on_step_end" in self.model.options:
+            arguments["callback_on_step_end"] = _told(on_step)
+        generator = torch.Generator().manual_seed(request.seed)
+        self._refresh_schedulers()
+        try:
+            with seeded(request.seed):
+                output = self.pipeline(**arguments, generator=generator, output_type="pt", return_dict=False)[0]
+        except ValueError as error:  # sizes it has no use for, say; before anything is sent
+            raise self.model.refusal(request, error) from error
+        clip = output[0] if output[0].ndim == 4 else output[:1]
+        return clip.float() * 2 - 1
+
+    def _refresh_schedulers(self) -> None:
+        """Make every scheduler what it was when it was loaded.
+
+        Some keep more than they begin anew: the noise of an earlier clip (CosineDPMSolverMultistep), or a setting that
+        an odd number of steps asked for (DPMSolverSinglestep).
+        """
+        for scheduler, state in self.fresh:  # in place, as parts of a pipeline may share one
+            vars(scheduler).clear()
+            vars(scheduler).update(copy.deepcopy(state))
+
+    @staticmethod
+    def done(request: Request, clip: Tensor) -> Request:
+        """The request with the sizes that the pipeline chose."""
+        frames, _, height, width = clip.shape
+        return replace(request, frames=frames, height=height, width=width)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _told(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    def callback(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step)
+        return tensors
+
+    return callback
