@@ -55,6 +55,14 @@ def test_private_torch_is_imported_in_one_place():
     assert users == ["simulation.py"]
 
 
+def test_imports_go_down_only_and_in_no_circle():
+    """As `pyproject.toml` says."""
+    linter = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert linter.returncode == 0, linter.stdout
+
+
 def test_text_files_have_an_encoding_that_no_locale_changes():
     without = []
     for path in [*(ROOT / "meshdiff").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]:

@@ -25,6 +25,7 @@ from meshdiff.autoshard.aliasing import AliasTracker
 from meshdiff.autoshard.block_inputs import become_shards, find_blocks, shard_tokens
 from meshdiff.autoshard.call_key import is_due, signature_of
 from meshdiff.autoshard.capture.graph_capture import Backend, GraphCapture
+from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dispatch_mode import SafetyMode, UnsafeMutation
 from meshdiff.autoshard.dtensor_utils import map_dtensors, out_of_inference, to_plain
 from meshdiff.autoshard.fallback import Before, agree_on_fallback, one_line
@@ -292,13 +293,13 @@ class Parallelized:
                 if run.recorder is not None:
                     stack.enter_context(run.recorder)
                 guard = SafetyMode(run.aliases, self._lazy, run.on_operation if record else None)
-                run.functions = ShardingMode(
-                    self.mesh, run.aliases, self.strategy, guard, self._op_cache, self._lazy, run.recorder
+                run.context = ShardingContext(
+                    self.mesh, run.aliases, self.strategy, guard.off, self._op_cache, self._lazy, run.recorder
                 )
                 stack.enter_context(guard)
-                stack.enter_context(run.functions)
+                stack.enter_context(ShardingMode(run.context))
                 yield run
-                run.functions.materialize_all()
+                run.context.materialize_all()
         finally:
             self._running, self._failed_in = None, run.failed_in
             if collects:
@@ -324,8 +325,8 @@ class Parallelized:
     def _entered(self, run: _Run, name: str, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a block: its tokens on shards, or everything whole."""
         if type(block).__name__ in self.whole:
-            assert run.functions is not None
-            run.functions.materialize_all()
+            assert run.context is not None
+            run.context.materialize_all()
 
             def gather(tensor: DTensor) -> Tensor:
                 plain = to_plain(tensor)
@@ -371,7 +372,7 @@ class _Run:
 
     def __init__(self, aliases: AliasTracker, recorder: Recorder | None) -> None:
         self.aliases, self.recorder = aliases, recorder
-        self.functions: ShardingMode | None = None
+        self.context: ShardingContext | None = None
         self.failed_in: str | None = None  # the block that raised, the inner one of several
 
     @contextmanager
@@ -390,7 +391,7 @@ class _Run:
 
     def on_operation(self, func: Any, arguments: Any, result: Any) -> None:
         assert self.recorder is not None
-        if self.functions is None or not self.functions.exchanging:
+        if self.context is None or not self.context.exchanging:
             self.recorder.on_operation(func, arguments, result)
 
 

@@ -15,13 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import meshdiff
 from meshdiff.autoshard.dtensor_utils import is_sharded
 from meshdiff.distributed.comms import CommsCounter
 
 __all__ = ["BlockRecord", "Line", "Recorder", "Sent", "calling_line"]
 
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(meshdiff.__file__).parent))
+LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dtensor_utils import sharded_dim
 from meshdiff.distributed.local_shards import contiguous_stride, to_shard, wrap
 from meshdiff.distributed.simulation import on_each_rank
 
-if TYPE_CHECKING:
-    from meshdiff.autoshard.function_mode import ShardingMode
-
 __all__ = ["Handlers", "by_shard"]
 
 Handler = Callable[..., Any]
-"""Takes the mode, then what the function takes; returns NotImplemented for arguments it has no way with."""
+"""Takes a `ShardingContext`, then what the function takes; returns NotImplemented for arguments it has no way with."""
 
 
 class Handlers(dict[Any, Handler]):
@@ -51,7 +49,7 @@ def _reads(handler: Handler, places: int, names: tuple[str, ...]) -> bool:
     return True
 
 
-def by_shard(ctx: ShardingMode, tensor: Tensor, shape: torch.Size, func: Any, *args: Any) -> DTensor:
+def by_shard(ctx: ShardingContext, tensor: Tensor, shape: torch.Size, func: Any, *args: Any) -> DTensor:
     """A function for which a rank needs nothing of others, and which keeps the sharded dim as it is."""
     dim = sharded_dim(tensor)
     assert dim is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +21,13 @@ from meshdiff.attention.joint import attend_beside
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.attention.validation import check_ranks
 from meshdiff.autoshard.aliasing import memory
+from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dtensor_utils import dtensors, map_tensors, sharded_dim, to_plain
 from meshdiff.autoshard.op_cache import POINTWISE, RESHAPES, cache_key, run_on_shards
 from meshdiff.autoshard.ops.slicing import plain_index
 from meshdiff.autoshard.reshard import SourceSlice
 from meshdiff.distributed.local_shards import contiguous_stride, place_on, wrap
 from meshdiff.distributed.simulation import on_each_rank
-
-if TYPE_CHECKING:
-    from meshdiff.autoshard.function_mode import ShardingMode
 
 __all__ = ["BY_PARTS", "attention_of_joins", "by_parts"]
 
@@ -49,7 +47,7 @@ class Join:
     sizes: tuple[int, ...]
 
 
-def join_of(ctx: ShardingMode, tensor: Any) -> Join | None:
+def join_of(ctx: ShardingContext, tensor: Any) -> Join | None:
     """The parts of a tensor, if it is a join that waits."""
     parts = ctx.lazy.parts(tensor)
     dim = sharded_dim(tensor) if parts is not None else None
@@ -58,7 +56,7 @@ def join_of(ctx: ShardingMode, tensor: Any) -> Join | None:
     return Join(parts, dim - tensor.ndim, tuple(part.shape[dim] for part in parts))
 
 
-def by_parts(ctx: ShardingMode, func: Any, args: Any, kwargs: Any) -> Any:
+def by_parts(ctx: ShardingContext, func: Any, args: Any, kwargs: Any) -> Any:
     """What a function makes of joins that wait, as joins that wait; NotImplemented where it does not go row by row."""
     given = list(dtensors((args, kwargs)))
     joins = {id(tensor): join for tensor in given if (join := join_of(ctx, tensor)) is not None}
@@ -109,7 +107,7 @@ class Joined:
     several: type | None
 
 
-def _again(ctx: ShardingMode, known: Joined, func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> Any:
+def _again(ctx: ShardingContext, known: Joined, func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> Any:
     """On this rank's rows of all parts, side by side, by what is known of the result."""
     join = next(iter(joins.values()))
     ranks, rank = place_on(ctx.mesh)
@@ -136,7 +134,7 @@ def _again(ctx: ShardingMode, known: Joined, func: Any, args: Any, kwargs: Any, 
 
 
 def _waiting(
-    ctx: ShardingMode,
+    ctx: ShardingContext,
     known: Joined,
     rows: Sequence[Sequence[DTensor]],
     func: Any,
@@ -157,7 +155,7 @@ def _waiting(
     return results[0] if known.several is None else known.several(results)
 
 
-def _side_by_side(ctx: ShardingMode, tensor: Tensor, join: Join) -> Tensor:
+def _side_by_side(ctx: ShardingContext, tensor: Tensor, join: Join) -> Tensor:
     """This rank's rows of all parts of a join; from then on, they are taken from there."""
     dim = tensor.ndim + join.dim
     whole = tuple(part.placements[0].is_replicate() for part in join.parts)
@@ -199,7 +197,7 @@ def _adjoining(parts: Sequence[Tensor], dim: int) -> Tensor | None:
 
 
 def _parts(
-    ctx: ShardingMode, rows: Tensor, shape: Sequence[int], stride: tuple[int, ...], dim: int, sizes: Sequence[int]
+    ctx: ShardingContext, rows: Tensor, shape: Sequence[int], stride: tuple[int, ...], dim: int, sizes: Sequence[int]
 ) -> tuple[DTensor, ...]:
     """The parts that lie side by side on each rank."""
     views = _views(rows, dim, tuple(sizes), *place_on(ctx.mesh))
@@ -285,7 +283,7 @@ def _joined_dim(rows: tuple[DTensor, ...], outline: Tensor, sizes: tuple[int, ..
 
 
 def attention_of_joins(
-    ctx: ShardingMode,
+    ctx: ShardingContext,
     query: Tensor,
     key: Tensor,
     value: Tensor,

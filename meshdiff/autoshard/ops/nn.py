@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from meshdiff.attention import mesh_attention
+from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dtensor_utils import as_replicated, is_sharded, own_copy, sharded_dim, swapped, to_plain
 from meshdiff.autoshard.ops.concat import attention_of_joins
 from meshdiff.autoshard.registry import Handlers, by_shard
 from meshdiff.distributed.local_shards import contiguous_stride, to_shard, wrap
 from meshdiff.distributed.simulation import on_each_rank
-
-if TYPE_CHECKING:
-    from meshdiff.autoshard.function_mode import ShardingMode
 
 __all__ = ["HANDLERS"]
 
@@ -26,7 +24,7 @@ HANDLERS = Handlers()
 
 
 @HANDLERS.of(F.linear)
-def _linear(ctx: ShardingMode, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+def _linear(ctx: ShardingContext, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """DTensor flattens the dims before the last, which it cannot do with a shard of one of them unless it is even."""
     dim = sharded_dim(input)
     weights = [tensor for tensor in (weight, bias) if tensor is not None]
@@ -40,7 +38,7 @@ def _linear(ctx: ShardingMode, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 @HANDLERS.of(F.layer_norm)
 def _layer_norm(
-    ctx: ShardingMode,
+    ctx: ShardingContext,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -52,7 +50,7 @@ def _layer_norm(
 
 @HANDLERS.of(F.rms_norm, torch.rms_norm)
 def _rms_norm(
-    ctx: ShardingMode,
+    ctx: ShardingContext,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
@@ -62,7 +60,7 @@ def _rms_norm(
 
 
 def _normalized(
-    ctx: ShardingMode,
+    ctx: ShardingContext,
     func: Any,
     input: Tensor,
     shape: Sequence[int],
@@ -82,13 +80,13 @@ def _normalized(
 
 
 @HANDLERS.of(Tensor.float, Tensor.type_as)
-def _of_its_type(ctx: ShardingMode, tensor: Tensor, other: Tensor | None = None) -> Any:
+def _of_its_type(ctx: ShardingContext, tensor: Tensor, other: Tensor | None = None) -> Any:
     """The tensor itself, as everywhere, if it has that type; models ask for it before every sum."""
     return tensor if tensor.dtype == (torch.float32 if other is None else other.dtype) else NotImplemented
 
 
 @HANDLERS.of(F.dropout)
-def _dropout(ctx: ShardingMode, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+def _dropout(ctx: ShardingContext, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """The tensor itself, where nothing is dropped."""
     return NotImplemented if training else input
 
@@ -98,7 +96,7 @@ DECIDED_BY_SHAPES = {_linear, _layer_norm, _rms_norm, _of_its_type, _dropout}
 
 
 @HANDLERS.of(torch.view_as_complex)
-def _view_as_complex(ctx: ShardingMode, input: DTensor) -> Any:
+def _view_as_complex(ctx: ShardingContext, input: DTensor) -> Any:
     """DTensor has no rule for this one and the next; along the last dim a rank needs nothing of others."""
     dim = sharded_dim(input)
     if dim is None or dim == input.ndim - 1 or input.is_complex() or input.shape[-1] != 2:
@@ -109,7 +107,7 @@ def _view_as_complex(ctx: ShardingMode, input: DTensor) -> Any:
 
 
 @HANDLERS.of(torch.view_as_real)
-def _view_as_real(ctx: ShardingMode, input: DTensor) -> Any:
+def _view_as_real(ctx: ShardingContext, input: DTensor) -> Any:
     if sharded_dim(input) is None or not input.is_complex():
         return NotImplemented
     result = by_shard(ctx, input, torch.Size((*input.shape, 2)), torch.view_as_real)
@@ -117,7 +115,7 @@ def _view_as_real(ctx: ShardingMode, input: DTensor) -> Any:
     return result
 
 
-def _by_batch(ctx: ShardingMode, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
+def _by_batch(ctx: ShardingContext, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     """Attention within each entry of a sharded batch, or of sharded heads: nothing is sent."""
     dim = sharded_dim(query)
     assert dim is not None
@@ -140,7 +138,7 @@ def _attend_each(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> T
 
 @HANDLERS.of(F.scaled_dot_product_attention)
 def _attention(
-    ctx: ShardingMode,
+    ctx: ShardingContext,
     query: Tensor,
     key: Tensor,
     value: Tensor,

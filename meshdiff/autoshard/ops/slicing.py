@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.problem import chunk_sizes
+from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dtensor_utils import as_replicated, sharded_dim, to_plain
 from meshdiff.autoshard.registry import Handlers, by_shard
 from meshdiff.autoshard.reshard import SourceSlice
 from meshdiff.distributed.placements import REPLICATED
 from meshdiff.distributed.simulation import on_each_rank
-
-if TYPE_CHECKING:
-    from meshdiff.autoshard.function_mode import ShardingMode
 
 __all__ = ["HANDLERS", "LATER", "plain_index"]
 
@@ -32,7 +30,7 @@ HANDLERS = Handlers()
 
 
 @HANDLERS.of(torch.cat, torch.concat, torch.concatenate)
-def _cat(ctx: ShardingMode, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+def _cat(ctx: ShardingContext, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
     ndim = tensors[0].ndim
     others = {(*tensor.shape[: dim % ndim], *tensor.shape[dim % ndim + 1 :]) for tensor in tensors}
     if kwargs or not -ndim <= dim < ndim or len(others) > 1 or len({tensor.ndim for tensor in tensors}) > 1:
@@ -46,7 +44,7 @@ def _cat(ctx: ShardingMode, tensors: Sequence[Tensor], dim: int = 0, **kwargs: A
     return ctx.reshard(sources, [pieces], dim)[0]
 
 
-def _cat_of_some(ctx: ShardingMode, tensors: Sequence[Tensor], dim: int) -> Any:
+def _cat_of_some(ctx: ShardingContext, tensors: Sequence[Tensor], dim: int) -> Any:
     """Along another dim, without those that are empty, of which DTensor knows nothing."""
     some = [tensor for tensor in tensors if tensor.shape[dim]]
     if not 0 < len(some) < len(tensors) or len({tensor.dtype for tensor in tensors}) > 1:
@@ -54,7 +52,7 @@ def _cat_of_some(ctx: ShardingMode, tensors: Sequence[Tensor], dim: int) -> Any:
     return ctx.run(torch.cat, (some, dim), {}) if len(some) > 1 else ctx.run(torch.clone, (some[0],), {})
 
 
-def _cut(ctx: ShardingMode, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple[DTensor, ...]:
+def _cut(ctx: ShardingContext, tensor: DTensor, sizes: Sequence[int], dim: int) -> tuple[DTensor, ...]:
     """Consecutive parts of the sharded dim."""
     bounds = itertools.accumulate(sizes, initial=0)
     parts = ctx.reshard([tensor], [[SourceSlice(0, a, b)] for a, b in itertools.pairwise(bounds)], dim, views=True)
@@ -63,7 +61,7 @@ def _cut(ctx: ShardingMode, tensor: DTensor, sizes: Sequence[int], dim: int) -> 
 
 
 @HANDLERS.of(torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
-def _split(ctx: ShardingMode, tensor: DTensor, split_size_or_sections: Any, dim: int = 0) -> Any:
+def _split(ctx: ShardingContext, tensor: DTensor, split_size_or_sections: Any, dim: int = 0) -> Any:
     if not -tensor.ndim <= dim < tensor.ndim:
         return NotImplemented
     dim %= tensor.ndim
@@ -77,7 +75,7 @@ def _split(ctx: ShardingMode, tensor: DTensor, split_size_or_sections: Any, dim:
     return _cut(ctx, tensor, sizes, dim)
 
 
-def _slices(ctx: ShardingMode, tensor: DTensor, sizes: Sequence[int], dim: int) -> Any:
+def _slices(ctx: ShardingContext, tensor: DTensor, sizes: Sequence[int], dim: int) -> Any:
     """Consecutive parts of another dim; torch gives plain zeros as the gradient of those of a split that have none."""
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return NotImplemented
@@ -88,14 +86,14 @@ def _slices(ctx: ShardingMode, tensor: DTensor, sizes: Sequence[int], dim: int) 
 
 
 @HANDLERS.of(torch.chunk, Tensor.chunk)
-def _chunk(ctx: ShardingMode, tensor: DTensor, chunks: int, dim: int = 0) -> Any:
+def _chunk(ctx: ShardingContext, tensor: DTensor, chunks: int, dim: int = 0) -> Any:
     if not -tensor.ndim <= dim < tensor.ndim or chunks < 1:
         return NotImplemented
     return _split(ctx, tensor, [size for size in chunk_sizes(tensor.shape[dim], chunks) if size], dim)
 
 
 @HANDLERS.of(torch.narrow, Tensor.narrow)
-def _narrow(ctx: ShardingMode, tensor: DTensor, dim: int, start: Any, length: int) -> Any:
+def _narrow(ctx: ShardingContext, tensor: DTensor, dim: int, start: Any, length: int) -> Any:
     if not -tensor.ndim <= dim < tensor.ndim or sharded_dim(tensor) != dim % tensor.ndim or type(start) is not int:
         return NotImplemented
     total = tensor.shape[dim]
@@ -105,14 +103,14 @@ def _narrow(ctx: ShardingMode, tensor: DTensor, dim: int, start: Any, length: in
     return _rows(ctx, tensor, first, length, dim % tensor.ndim)
 
 
-def _rows(ctx: ShardingMode, tensor: DTensor, start: int, length: int, dim: int) -> DTensor:
+def _rows(ctx: ShardingContext, tensor: DTensor, start: int, length: int, dim: int) -> DTensor:
     (part,) = ctx.reshard([tensor], [[SourceSlice(0, start, start + length)]], dim, views=True)
     ctx.viewed(tensor, part)
     return part
 
 
 @HANDLERS.of(F.pad)
-def _pad(ctx: ShardingMode, input: DTensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
+def _pad(ctx: ShardingContext, input: DTensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
     dim = sharded_dim(input)
     if dim is None or mode != "constant":
         return NotImplemented
@@ -129,7 +127,7 @@ def _pad(ctx: ShardingMode, input: DTensor, pad: Sequence[int], mode: str = "con
 
 
 @HANDLERS.of(Tensor.__getitem__)
-def _getitem(ctx: ShardingMode, tensor: Tensor, index: Any) -> Any:
+def _getitem(ctx: ShardingContext, tensor: Tensor, index: Any) -> Any:
     plain = plain_index(tensor, index)
     if plain is None:
         return NotImplemented
@@ -154,7 +152,7 @@ def _getitem(ctx: ShardingMode, tensor: Tensor, index: Any) -> Any:
 
 
 @HANDLERS.of(Tensor.__setitem__)
-def _setitem(ctx: ShardingMode, tensor: Tensor, index: Any, value: Any) -> Any:
+def _setitem(ctx: ShardingContext, tensor: Tensor, index: Any, value: Any) -> Any:
     plain = plain_index(tensor, index)
     if plain is None or plain.is_number or not isinstance(value, Tensor):
         return NotImplemented
@@ -179,7 +177,7 @@ def _setitem(ctx: ShardingMode, tensor: Tensor, index: Any, value: Any) -> Any:
     return None
 
 
-def _write_to_own_rows(ctx: ShardingMode, tensor: Tensor, index: PlainIndex, value: Tensor) -> Any:
+def _write_to_own_rows(ctx: ShardingContext, tensor: Tensor, index: PlainIndex, value: Tensor) -> Any:
     """Each rank writes to all of its rows what it has for them; to begin with, DTensor says whether this is right."""
     own = sharded_dim(value)
     if not ctx.does_again() or any(not isinstance(entry, slice) for entry in index.others):
@@ -243,7 +241,7 @@ def plain_index(tensor: Tensor, index: Any) -> PlainIndex | None:
 
 
 @HANDLERS.of(torch.unbind, Tensor.unbind)
-def _unbind(ctx: ShardingMode, tensor: DTensor, dim: int = 0) -> Any:
+def _unbind(ctx: ShardingContext, tensor: DTensor, dim: int = 0) -> Any:
     if not -tensor.ndim <= dim < tensor.ndim:
         return NotImplemented
     dim %= tensor.ndim
