@@ -25,7 +25,8 @@ from meshdiff.autoshard.dtensor_utils import (
     to_plain,
 )
 from meshdiff.autoshard.lazy import LazyReshards
-from meshdiff.autoshard.op_cache import CACHEABLE, DispatchCache, cache_key
+from meshdiff.autoshard.op_cache import DispatchCache, cache_key
+from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.autoshard.recorder import Recorder
 from meshdiff.autoshard.reshard import SourceSlice, reshard
 
@@ -73,7 +74,7 @@ class ShardingContext:
         return self.gathered(func, args, kwargs, why)
 
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
-        key = cache_key(func, args, kwargs) if func in CACHEABLE and self.does_again() else None
+        key = cache_key(func, args, kwargs) if traits_of(func).cacheable and self.does_again() else None
         if key is not None and (result := self.op_cache.get(key)) is not None:
             return result.replay(func, args, kwargs, self.unguarded)
         whole = {name: all_replicated(kwargs[name], self.mesh) for name in kwargs}

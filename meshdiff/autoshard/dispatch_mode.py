@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from meshdiff.autoshard.aliasing import AliasTracker, memory
 from meshdiff.autoshard.lazy import LazyReshards
+from meshdiff.autoshard.op_traits import Dim, traits_of
 from meshdiff.autoshard.recorder import calling_line
 
 __all__ = ["SafetyMode", "UnsafeMutation", "UnsupportedOnShards"]
@@ -32,31 +33,6 @@ class UnsupportedOnShards(Exception):
 
 class UnsafeMutation(RuntimeError):
     """This program, on shards, would do something else than on one device; run it on whole tensors."""
-
-
-ANY = {
-    # Views: what a rank holds of the result is a view of what it holds, or DTensor gathers, which is noticed.
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand",
-    "alias", "detach", "movedim", "unflatten",
-    # Products: a rank's rows, or sums over a sharded dim, which are added up.
-    "mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "sum",
-    # Along the dims that are not sharded; DTensor gathers where they are.
-    "native_layer_norm", "_fused_rms_norm", "rms_norm", "_softmax", "_log_softmax", "cat", "stack",
-    # Copies and constants.
-    "clone", "_to_copy", "copy_", "fill_", "zero_", "contiguous", "lift_fresh",
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-}  # fmt: skip
-
-ALONG_OTHER_DIMS = {"mean", "amax", "amin", "var", "std", "linalg_vector_norm", "all", "any", "topk", "sort",
-                    "argmax", "argmin", "cumsum", "max", "min",
-                    "slice", "select", "split", "split_with_sizes", "unbind", "chunk"}  # fmt: skip
-"""Right as long as they do not go along the sharded dim."""
-
-PLACES = dict.fromkeys(("topk", "linalg_vector_norm", "split", "split_with_sizes", "chunk"), 2)
-"""Where the dim is among the arguments, if not second."""
-
-DEFAULTS = {"topk": -1, "sort": -1, **dict.fromkeys(("slice", "split", "split_with_sizes", "unbind", "chunk"), 0)}
-"""What the dim is if none is given, if not all of them."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +159,14 @@ def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
         return False
     if kind.random or any(tensor.numel() == 0 for tensor in tensors):  # torch's rule for views of nothing never ends
         return False
-    if kind.pointwise or kind.name in ANY or (kind.name == "slice" and _takes_all(*args)):
+    if kind.pointwise or traits_of(kind.name).shard_safe or (kind.name == "slice" and _takes_all(*args)):
         return True
     if kind.name == "repeat":
         return all(tensor.placements[0].is_replicate() or _times(tensor, args[1]) == 1 for tensor in tensors)
-    if kind.name not in ALONG_OTHER_DIMS or not isinstance(args[0], DTensor):
+    along = traits_of(kind.name).safe_unless_dim
+    if along is None or not isinstance(args[0], DTensor):
         return False
-    dims = _dims(kind, args, kwargs)
+    dims = _dims(along, args, kwargs)
     return dims is not None and all(
         placement.is_replicate() or (isinstance(placement, Shard) and placement.dim not in dims)
         for placement in args[0].placements
@@ -202,10 +179,9 @@ def _times(tensor: DTensor, repeats: Any) -> int:
     return repeats[placement.dim + len(repeats) - tensor.ndim] if isinstance(placement, Shard) else 0
 
 
-def _dims(kind: Kind, args: Any, kwargs: Any) -> set[int] | None:
+def _dims(along: Dim, args: Any, kwargs: Any) -> set[int] | None:
     """The dims that an operation goes along; None for all of them."""
-    place = PLACES.get(kind.name, 1)
-    given = kwargs.get("dim", args[place] if len(args) > place else DEFAULTS.get(kind.name))
+    given = kwargs.get("dim", args[along.place] if len(args) > along.place else along.default)
     if given is None or given == [] or isinstance(given, (bool, Tensor)):
         return None
     return {dim % args[0].ndim for dim in (given if isinstance(given, (list, tuple)) else [given])}

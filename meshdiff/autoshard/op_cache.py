@@ -26,14 +26,11 @@ from torch.utils._pytree import tree_map_only
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.autoshard.aliasing import memory
 from meshdiff.autoshard.dtensor_utils import LEAVES, sharded_dim
+from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.distributed.local_shards import of_spec, place_on
 from meshdiff.distributed.simulation import on_each_rank
 
 __all__ = [
-    "CACHEABLE",
-    "POINTWISE",
-    "RESHAPES",
-    "WRITES_IF_ASKED",
     "CachedOutput",
     "DispatchCache",
     "Key",
@@ -41,18 +38,6 @@ __all__ = [
     "run_on_shards",
     "unseen",
 ]
-
-_NAMES = ("add", "sub", "mul", "div", "neg", "abs", "pow", "exp", "sin", "cos", "tanh", "sigmoid", "sqrt", "rsqrt")
-POINTWISE = {getattr(where, name) for where in (torch, Tensor) for name in _NAMES}
-POINTWISE |= {torch.where, F.gelu, Tensor.float, Tensor.type_as, Tensor.to}
-ROWWISE = {F.linear, F.layer_norm, F.rms_norm, torch.rms_norm}
-WRITES_IF_ASKED = {F.silu, F.relu}
-RESHAPES = {Tensor.unflatten, Tensor.view, Tensor.reshape, torch.reshape, Tensor.unsqueeze, torch.unsqueeze,
-            Tensor.flatten, torch.flatten, Tensor.squeeze, torch.squeeze}  # fmt: skip
-REORDERS = {Tensor.permute, Tensor.transpose, torch.permute, torch.transpose, Tensor.unbind, torch.unbind,
-            Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.__getitem__}  # fmt: skip
-CACHEABLE = POINTWISE | ROWWISE | WRITES_IF_ASKED | RESHAPES | REORDERS | {torch.empty_like, F.dropout}
-"""None of them writes to what it is given, the way in which they are asked for here."""
 
 PLAIN = {Tensor, Parameter}
 """Whose operations nobody but torch itself has a say in."""
@@ -95,7 +80,7 @@ class CachedOutput:
         return self.several(map(of_spec, made, self.specs))
 
     def _of_own(self, func: Any, own: list[Any], kwargs: Any) -> Any:
-        if func in RESHAPES:
+        if traits_of(func).reshapes:
             return _reshaped(own[0], self.specs[0].shape, *self.rows)
         if self.divided:
             return _on_own_rows(func, kwargs, self.divided, *self.rows, *own)
@@ -111,7 +96,7 @@ def _is_guarded_only() -> bool:
 
 
 def unseen(func: Any, *args: Any) -> Any:
-    """A function of `CACHEABLE` on whole tensors, which is none of the guard's business."""
+    """A cacheable function of whole tensors, which is none of the guard's business."""
     if _is_guarded_only() and all(type(arg) in PLAIN for arg in args if isinstance(arg, Tensor)):
         with torch._C._DisableTorchDispatch():
             return func(*args)
@@ -210,11 +195,11 @@ def _cached(func: Any, args: Any, kwargs: Any, result: Any) -> CachedOutput | No
     is_plain = all(
         type(tensor) in (*PLAIN, DTensor) for tensor in (*args, *kwargs.values()) if isinstance(tensor, Tensor)
     )
-    if func in RESHAPES or func in REORDERS:
+    if traits_of(func).view:
         if any(memory(one)._cdata != memory(args[0])._cdata for one in results):
             return None  # a copy, of which somebody has to be told
         return CachedOutput(specs, several, (), rows, is_plain)
-    if func in ROWWISE:
+    if traits_of(func).rowwise:
         return CachedOutput(specs, several, (), rows, is_plain) if sharded_dim(args[0]) is not None else None
     dim, length, *_ = rows
     for arg in args:
@@ -228,15 +213,16 @@ def _cached(func: Any, args: Any, kwargs: Any, result: Any) -> CachedOutput | No
 
 def _is_cacheable(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether it writes to nothing, and does to a rank's rows what it does to all."""
-    if func in WRITES_IF_ASKED:
+    traits = traits_of(func)
+    if traits.writes_if_asked:
         return not any(args[1:]) and not any(kwargs.values())
     if func is F.dropout:  # of which a number decides whether it does anything
         return kwargs.get("training", args[2] if len(args) > 2 else True) is False
-    if kwargs and (func in RESHAPES or func in REORDERS):
+    if kwargs and traits.view:
         return False
-    if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
+    if traits.reshapes and any(isinstance(arg, torch.dtype) for arg in args):  # a view of the bits
         return False
-    return not any(isinstance(value, DTensor if func in ROWWISE else Tensor) for value in kwargs.values())
+    return not any(isinstance(value, DTensor if traits.rowwise else Tensor) for value in kwargs.values())
 
 
 def _rows(spec: DTensorSpec) -> tuple[int, int, int, int]:

@@ -19,6 +19,7 @@ from meshdiff.autoshard.call_key import PLAIN
 from meshdiff.autoshard.capture.module_facts import Facts
 from meshdiff.autoshard.cfg.calls import Written
 from meshdiff.autoshard.dispatch_mode import kind_of
+from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.autoshard.patching import original_class
 from meshdiff.autoshard.recorder import calling_line
 from meshdiff.autoshard.snapshot.code_state import SMALL
@@ -26,12 +27,6 @@ from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
 
 __all__ = ["Watch", "note_output", "watching"]
 
-READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__dlpack__,
-         Tensor.__repr__, Tensor.__format__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage}  # fmt: skip
-COPIES = {torch.tensor: 0, torch.as_tensor: 0, torch.asarray: 0, Tensor.new_tensor: 1,
-          torch.tensor_split: 1, Tensor.tensor_split: 1}  # fmt: skip
-"""These read the values of tensors that they are given, from that place on, beneath whatever watches operations."""
-READS_BENEATH = {"_pack_padded_sequence"}
 DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -92,10 +87,9 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        copies = func in COPIES and any(
-            isinstance(leaf, Tensor) for leaf in tree_leaves((args[COPIES[func] :], kwargs))
-        )
-        if copies or func in READS:
+        first = traits_of(func).reads_values
+        read = () if first is None else (args[first:], kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(read)):
             self.watch.note(f"{func.__name__} ({calling_line()}) reads values of a tensor")
         return func(*args, **kwargs)
 
@@ -118,7 +112,7 @@ class _Operations(TorchDispatchMode):
             self.watch.note(f"{func.name()} ({calling_line()}) is made of functions, into which nothing sees")
             return func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::").replace("_local_scalar_dense", "item")
-        dependent = any(tag in func.tags for tag in DEPENDENT) or name in READS_BENEATH
+        dependent = any(tag in func.tags for tag in DEPENDENT) or traits_of(name).reads_values is not None
         if dependent and not _takes_by_number(func, args):
             self.watch.note(f"{name} ({calling_line()}) depends on values of a tensor")
         if isinstance(kwargs.get("generator"), torch.Generator):

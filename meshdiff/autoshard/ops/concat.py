@@ -23,19 +23,16 @@ from meshdiff.attention.validation import check_ranks
 from meshdiff.autoshard.aliasing import memory
 from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dtensor_utils import dtensors, map_tensors, sharded_dim, to_plain
-from meshdiff.autoshard.op_cache import POINTWISE, RESHAPES, cache_key, run_on_shards
+from meshdiff.autoshard.op_cache import cache_key, run_on_shards
+from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.autoshard.ops.slicing import plain_index
 from meshdiff.autoshard.reshard import SourceSlice
 from meshdiff.distributed.local_shards import contiguous_stride, place_on, wrap
 from meshdiff.distributed.simulation import on_each_rank
 
-__all__ = ["BY_PARTS", "attention_of_joins", "by_parts"]
+__all__ = ["attention_of_joins", "by_parts"]
 
 QKV = ("query", "key", "value")
-CASTS = {Tensor.float, Tensor.type_as, Tensor.to}
-UNBINDS = {Tensor.unbind, torch.unbind}
-VIEWS = RESHAPES | {Tensor.permute, Tensor.transpose, torch.permute, torch.transpose, Tensor.__getitem__, *UNBINDS}
-BY_PARTS = POINTWISE | VIEWS | {torch.stack}
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,12 @@ def by_parts(ctx: ShardingContext, func: Any, args: Any, kwargs: Any) -> Any:
     if outlines is None:
         return NotImplemented
     join = next(iter(joins.values()))
-    if func in CASTS and outlines[0].dtype == args[0].dtype:
+    if traits_of(func).casts and outlines[0].dtype == args[0].dtype:
         return args[0]  # as torch does
     made = []
     for i in range(len(join.sizes)):
         own_args, own_kwargs = _of_part(joins, i, args, kwargs)
-        if func in RESHAPES:
+        if traits_of(func).reshapes:
             at = args[0].ndim + join.dim
             if outlines[0].shape[: at + 1] != args[0].shape[: at + 1]:
                 return NotImplemented
@@ -120,7 +117,7 @@ def _again(ctx: ShardingContext, known: Joined, func: Any, args: Any, kwargs: An
 
     with ctx.unguarded():
         own_args, own_kwargs = map_tensors(Tensor, own, args), {n: map_tensors(Tensor, own, kwargs[n]) for n in kwargs}
-        if func in RESHAPES:
+        if traits_of(func).reshapes:
             made: Any = _reshaped(own_args[0], known.outlines[0][0], known.dims[0])
         else:
             made = run_on_shards(func, own_kwargs, *own_args)
@@ -150,7 +147,7 @@ def _waiting(
         ctx.lazy.reshard(own, [pieces], dim, stride)[0]
         for own, (_, stride), dim in zip(rows, known.outlines, known.dims, strict=True)
     ]
-    if func in VIEWS:
+    if traits_of(func).view:
         ctx.viewed(args[0], *results)
     return results[0] if known.several is None else known.several(results)
 
@@ -236,17 +233,18 @@ def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> 
         return False
     if any(id(t) not in joins and not t.placements[0].is_replicate() for t in dtensors((args, kwargs))):
         return False
-    if func in VIEWS or func in CASTS:
+    traits = traits_of(func)
+    if traits.view or traits.casts:
         if not args or id(args[0]) not in joins:
             return False
-        if func in RESHAPES and any(isinstance(arg, torch.dtype) for arg in args):
+        if traits.reshapes and any(isinstance(arg, torch.dtype) for arg in args):
             return False
         if func is Tensor.to:  # another device, or a copy, is none of this
             return not kwargs and all(isinstance(arg, torch.dtype) for arg in args[1:])
         if func is Tensor.__getitem__:
             index = plain_index(*args)
             return index is not None and not index.is_number and index.entry == (0, args[0].shape[index.dim])
-        if func in UNBINDS:
+        if traits.unbinds:
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             return (dim % args[0].ndim) - args[0].ndim != joins[id(args[0])].dim
     return True

@@ -91,10 +91,6 @@ def _dropout(ctx: ShardingContext, input: Tensor, p: float = 0.5, training: bool
     return NotImplemented if training else input
 
 
-DECIDED_BY_SHAPES = {_linear, _layer_norm, _rms_norm, _of_its_type, _dropout}
-"""What comes of these is decided by shapes and placements, and no rank needs anything of others."""
-
-
 @HANDLERS.of(torch.view_as_complex)
 def _view_as_complex(ctx: ShardingContext, input: DTensor) -> Any:
     """DTensor has no rule for this one and the next; along the last dim a rank needs nothing of others."""

@@ -24,7 +24,7 @@ from meshdiff.autoshard.reshard import SourceSlice
 from meshdiff.distributed.placements import REPLICATED
 from meshdiff.distributed.simulation import on_each_rank
 
-__all__ = ["HANDLERS", "LATER", "plain_index"]
+__all__ = ["HANDLERS", "plain_index"]
 
 HANDLERS = Handlers()
 
@@ -253,7 +253,3 @@ def _unbind(ctx: ShardingContext, tensor: DTensor, dim: int = 0) -> Any:
     ctx.on_gather("unbind", "each row of a sharded dim is to be a tensor")
     ctx.viewed(tensor, whole)
     return tuple(whole.select(dim, i) for i in range(tensor.shape[dim]))  # see `_slices`
-
-
-LATER = {function for function, handler in HANDLERS.items() if handler in (_cat, _split, _chunk, _narrow, _getitem)}
-"""These do not look at what they are given."""
