@@ -14,7 +14,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from meshdiff.attention.local import attend_rows, in_order, out_of_order
 from meshdiff.attention.problem import Problem, count
 from meshdiff.attention.seq_head_exchange import all_to_all
 from meshdiff.distributed.simulation import on_each_rank
-from meshdiff.distributed.torch_compat import all_gather
+from meshdiff.distributed.torch_compat import all_gather, funcol
 
 __all__ = ["gather"]
 

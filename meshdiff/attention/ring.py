@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +27,7 @@ from meshdiff.attention.local import both
 from meshdiff.attention.masks import causal, part
 from meshdiff.attention.problem import Problem, count
 from meshdiff.distributed.simulation import on_each_rank
+from meshdiff.distributed.torch_compat import funcol
 
 __all__ = ["ring"]
 

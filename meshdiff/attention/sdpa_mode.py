@@ -18,6 +18,7 @@ from meshdiff.attention.strategy import AUTO
 from meshdiff.distributed.local_shards import to_shard
 from meshdiff.distributed.placements import SEQUENCE
 from meshdiff.distributed.simulation import largest, on_each_rank
+from meshdiff.distributed.torch_compat import OPAQUE_ATTENTION
 
 __all__ = ["sharded_attention"]
 
@@ -26,8 +27,7 @@ SEQUENCE_TO_SEQUENCE, TO_WHOLE, UNKNOWN = range(3)
 # Attention that torch computes inside, where no one sees it: of the shard alone, and so wrongly.
 _OPAQUE = (
     F.multi_head_attention_forward,
-    torch._native_multi_head_attention,
-    torch._transformer_encoder_layer_fwd,
+    *OPAQUE_ATTENTION,
 )
 
 

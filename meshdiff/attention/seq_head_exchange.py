@@ -13,7 +13,6 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,6 +20,7 @@ from meshdiff.attention.problem import Tokens
 from meshdiff.distributed.caching import lru_cache_by_mesh
 from meshdiff.distributed.local_shards import place_on
 from meshdiff.distributed.simulation import on_each_rank
+from meshdiff.distributed.torch_compat import funcol
 
 __all__ = ["Exchange", "all_to_all", "heads_to_sequence", "sequence_to_heads"]
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from meshdiff.distributed.simulation import is_simulated, rank_values
+from meshdiff.distributed.torch_compat import DisableTorchFunction
 
 __all__ = ["AliasTracker", "memory"]
 
@@ -35,7 +36,7 @@ def memory(tensor: Tensor) -> UntypedStorage:
         with torch.no_grad():
             local = tensor.to_local()
     local = getattr(local, "elem", local)  # what a collective that is under way will leave
-    with torch._C.DisableTorchFunction():  # to ask which memory it is reads nothing that is there
+    with DisableTorchFunction():  # to ask which memory it is reads nothing that is there
         own = rank_values(local)[0]
         if own.layout != torch.strided:
             own = own._values() if own.is_sparse else own.values() if own.layout in COMPRESSED else torch.empty(0)

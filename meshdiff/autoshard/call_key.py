@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from meshdiff.autoshard.grad_state import GradState
 from meshdiff.autoshard.snapshot.code_state import SMALL
+from meshdiff.distributed.torch_compat import tree_flatten
 
 __all__ = ["PLAIN", "NotCaptured", "described", "is_due", "signature_of"]
 

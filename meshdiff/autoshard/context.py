@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from meshdiff.autoshard.aliasing import AliasTracker, memory
 from meshdiff.autoshard.dispatch_mode import UnsafeMutation, UnsupportedOnShards
@@ -29,6 +28,7 @@ from meshdiff.autoshard.op_cache import DispatchCache, cache_key
 from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.autoshard.recorder import Recorder
 from meshdiff.autoshard.reshard import SourceSlice, reshard
+from meshdiff.distributed.torch_compat import tree_leaves
 
 __all__ = ["ShardingContext"]
 

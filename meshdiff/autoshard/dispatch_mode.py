@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from meshdiff.autoshard.aliasing import AliasTracker, memory
 from meshdiff.autoshard.lazy import LazyReshards
 from meshdiff.autoshard.op_traits import Dim, traits_of
 from meshdiff.autoshard.recorder import calling_line
+from meshdiff.distributed.torch_compat import HigherOrderOperator, TorchDispatchMode, current_dispatch_mode
 
 __all__ = ["SafetyMode", "UnsafeMutation", "UnsupportedOnShards"]
 
@@ -85,7 +84,7 @@ class SafetyMode(TorchDispatchMode):
     @contextmanager
     def off(self) -> Iterator[None]:
         """While operations run that are right by construction: to look at one takes longer than a small one runs."""
-        if _get_current_dispatch_mode() is not self:  # another one, which has to see them, would go too
+        if current_dispatch_mode() is not self:  # another one, which has to see them, would go too
             yield
             return
         self.__exit__(None, None, None)

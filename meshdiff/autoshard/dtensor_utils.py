@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meshdiff.distributed.local_shards import to_shard, wrap
 from meshdiff.distributed.placements import REPLICATED
+from meshdiff.distributed.torch_compat import tree_leaves, tree_map_only
 
 __all__ = [
     "all_replicated",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import overrides
-from torch.utils import _python_dispatch as dispatch
+
+from meshdiff.distributed.torch_compat import Modes, mode_stacks, replace_mode_stacks
 
 __all__ = ["GradState", "Surroundings"]
 
@@ -52,7 +52,7 @@ class Surroundings:
 
     def __init__(self) -> None:
         self._context = contextvars.copy_context()
-        self._modes = _modes()
+        self._modes = mode_stacks()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Surroundings) or self._modes != other._modes:
@@ -64,7 +64,7 @@ class Surroundings:
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Call a function as if it was called there."""
-        if _modes() != self._modes:
+        if mode_stacks() != self._modes:
             with _under(self._modes):
                 return self.run(call)
         if self == Surroundings():
@@ -72,30 +72,14 @@ class Surroundings:
         return self._context.run(call)
 
 
-Modes = tuple[tuple[Any, ...], tuple[Any, ...]]
-
-
-def _modes() -> Modes:
-    """By private functions of torch 2.11 and 2.13, which has no others that tell."""
-    return tuple(overrides._get_current_function_mode_stack()), tuple(dispatch._get_current_dispatch_mode_stack())
-
-
 @contextmanager
 def _under(modes: Modes) -> Iterator[None]:
-    now = _modes()
-    _replace(now, modes)
+    now = mode_stacks()
+    replace_mode_stacks(now, modes)
     try:
         yield
     finally:
-        _replace(modes, now)
-
-
-def _replace(old: Modes, new: Modes) -> None:
-    for place, own in enumerate((overrides, dispatch)):
-        for _ in old[place]:
-            own._pop_mode()  # type: ignore[attr-defined]
-        for mode in new[place]:
-            own._push_mode(mode)  # type: ignore[attr-defined]
+        replace_mode_stacks(modes, now)
 
 
 def _autocast(kind: str) -> torch.dtype | None:

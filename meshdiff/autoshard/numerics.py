@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from meshdiff.distributed.torch_compat import tree_leaves
 
 __all__ = ["difference", "float_tensors", "has_numbers", "not_numbers", "one_sided", "tolerance"]
 

@@ -19,9 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn import Parameter
-from torch.utils._pytree import tree_map_only
 
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.autoshard.aliasing import memory
@@ -29,6 +27,7 @@ from meshdiff.autoshard.dtensor_utils import LEAVES, sharded_dim
 from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.distributed.local_shards import of_spec, place_on
 from meshdiff.distributed.simulation import on_each_rank
+from meshdiff.distributed.torch_compat import DisableTorchDispatch, DTensorSpec, dispatch_depth, tree_map_only
 
 __all__ = [
     "CachedOutput",
@@ -70,7 +69,7 @@ class CachedOutput:
                 own[i] = arg.to_local()
                 is_plain = is_plain and type(own[i]) is Tensor
         if is_plain and _is_guarded_only():
-            with torch._C._DisableTorchDispatch():
+            with DisableTorchDispatch():
                 made = self._of_own(func, own, kwargs)
         else:
             with unguarded():
@@ -92,13 +91,13 @@ def _is_guarded_only() -> bool:
 
     To have it look takes longer than most operations.
     """
-    return torch._C._len_torch_dispatch_stack() == 1
+    return dispatch_depth() == 1
 
 
 def unseen(func: Any, *args: Any) -> Any:
     """A cacheable function of whole tensors, which is none of the guard's business."""
     if _is_guarded_only() and all(type(arg) in PLAIN for arg in args if isinstance(arg, Tensor)):
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             return func(*args)
     return func(*args)
 

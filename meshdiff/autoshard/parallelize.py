@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map_only
 
 from meshdiff.attention.strategy import AUTO
 from meshdiff.attention.validation import is_checked
@@ -39,7 +38,7 @@ from meshdiff.autoshard.report import Report
 from meshdiff.distributed.consensus import is_collective_error
 from meshdiff.distributed.rank_checks import check_alike, check_inputs
 from meshdiff.distributed.simulation import holds_all_ranks
-from meshdiff.distributed.torch_compat import without_compiling
+from meshdiff.distributed.torch_compat import autograd_task, tree_map_only, without_compiling
 
 __all__ = ["Parallelized", "parallelize"]
 
@@ -309,7 +308,7 @@ class Parallelized:
         if self._is_aside:
             return inner(*args, **kwargs)
         if self._running is None:
-            if torch._C._current_graph_task_id() == -1:  # called by itself: it is a module like any other
+            if autograd_task() == -1:  # called by itself: it is a module like any other
                 return inner(*args, **kwargs)
             with self._on_shards(False):  # checkpointing does it again for the backward pass
                 return self._call_block(name, inner, args, kwargs)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from meshdiff.autoshard.dtensor_utils import is_sharded
 from meshdiff.distributed.comms import CommsCounter
+from meshdiff.distributed.torch_compat import tree_leaves
 
 __all__ = ["BlockRecord", "Line", "Recorder", "Sent", "calling_line"]
 

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from meshdiff.distributed.mesh import groups_within
 from meshdiff.distributed.simulation import largest, on_each_rank
+from meshdiff.distributed.torch_compat import HigherOrderOperator, TorchDispatchMode, process_group, tree_flatten
 
 __all__ = ["WAITED", "CommsCounter", "Traffic"]
 
@@ -182,7 +179,7 @@ def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
     """The process group among a collective's arguments, which older and newer torch name differently."""
     for arg in reversed(args):  # a reduction's name, a string as well, comes before its group's
         if isinstance(arg, str):
-            return _resolve_process_group(arg)  # type: ignore[arg-type]  # a NewType of str since torch 2.13
+            return process_group(arg)  # type: ignore[arg-type]  # a NewType of str since torch 2.13
         if isinstance(arg, dist.ProcessGroup):
             return arg
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):

@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from meshdiff.distributed.simulation import is_simulated, outside, rank_values
+from meshdiff.distributed.torch_compat import (
+    AsyncCollectiveTensor,
+    DisableTorchFunctionSubclass,
+    has_torch_dispatch,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = ["Entry", "bits", "fingerprint", "sha256", "sum_of_bits"]
 
@@ -135,14 +139,14 @@ def _entries(tensor: Tensor, reduce: Reduce, rank: int | None, path: Path, part:
         yield Entry(path, part, (kind.__name__, *_outline(tensor)))
         inner = {name: getattr(tensor, name) for name in names}
         yield from _of_attributes({**inner, "": context}, reduce, rank, path, part, depth)
-    elif kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl and (plain := _detached(tensor)):
+    elif has_torch_dispatch(kind) and (plain := _detached(tensor)):
         yield from _of_plain(plain[0], reduce, path, part)
-    elif kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+    elif has_torch_dispatch(kind):
         yield Entry(path, part, (kind.__name__, *_outline(tensor)))
         yield from _of_attributes(vars(tensor), reduce, rank, path, part, depth)
     else:
         detached = tensor.detach()
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             own = tensor.as_subclass(Tensor)
         if type(detached) not in (kind, Tensor) or detached.untyped_storage()._cdata != own.untyped_storage()._cdata:
             yield from _entries(detached, reduce, rank, path, part, depth)  # of what it stands for

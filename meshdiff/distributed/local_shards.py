@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.distributed.caching import cached, lru_cache_by_mesh
 from meshdiff.distributed.simulation import is_simulated
+from meshdiff.distributed.torch_compat import DTensorSpec, TensorMeta
 
 __all__ = ["contiguous_stride", "from_shard", "of_spec", "place_on", "to_shard", "wrap"]
 

@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from meshdiff.distributed.torch_compat import on_shards, with_timeout_of_world
+from meshdiff.distributed.linear import on_shards
+from meshdiff.distributed.torch_compat import with_timeout_of_world
 from meshdiff.distributed.world import init_distributed, launched_world_size
 from meshdiff.errors import InputError
 

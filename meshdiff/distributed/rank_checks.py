@@ -9,11 +9,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves
 
 from meshdiff.distributed.consensus import all_gather_object, store
 from meshdiff.distributed.fingerprint import Reduce, fingerprint, sha256, sum_of_bits
 from meshdiff.distributed.simulation import is_simulated
+from meshdiff.distributed.torch_compat import tree_leaves
 
 __all__ = ["check_alike", "check_inputs"]
 

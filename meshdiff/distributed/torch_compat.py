@@ -1,9 +1,11 @@
-"""What older versions of torch lack, and what does it for them; on newer ones nothing here changes anything.
+"""Torch's versions and its private names: no other file but `simulation` imports these from torch.
+
+All names here were seen in torch 2.11 and 2.13.
 
 torch 2.11, the oldest that meshdiff runs on, against 2.13:
 
 - `nn.Linear` of a DTensor whose sequence is sharded raises if the batch is above 1: it flattens both
-  ("Attempted to flatten multiple dimensions"). Weights that are put on a mesh take shards by `on_shards`.
+  ("Attempted to flatten multiple dimensions"). Weights that are put on a mesh take shards by `linear.on_shards`.
 - The all-gather of functional collectives has another name: `all_gather`.
 - `LaunchConfig` has no `shutdown_timeout`: `known` leaves it out, and ranks that do not end when they
   are told to are killed after 30 seconds and not after 10.
@@ -24,19 +26,66 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, overrides
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.distributed import distributed_c10d
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_structure, tree_unflatten
 
-from meshdiff.distributed.local_shards import contiguous_stride, to_shard, wrap
-from meshdiff.distributed.placements import REPLICATED
-from meshdiff.distributed.simulation import on_each_rank
+__all__ = [
+    "OPAQUE_ATTENTION",
+    "UNCOMPILED",
+    "AsyncCollectiveTensor",
+    "DTensorSpec",
+    "DisableTorchDispatch",
+    "DisableTorchFunction",
+    "DisableTorchFunctionSubclass",
+    "HigherOrderOperator",
+    "Modes",
+    "OpOverload",
+    "TensorMeta",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "all_gather",
+    "autograd_task",
+    "current_dispatch_mode",
+    "default_store",
+    "dispatch_depth",
+    "funcol",
+    "has_torch_dispatch",
+    "is_traceable_wrapper_subclass",
+    "known",
+    "make_subclass",
+    "mode_stacks",
+    "process_group",
+    "replace_mode_stacks",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map_only",
+    "tree_structure",
+    "tree_unflatten",
+    "uncompiled",
+    "with_timeout_of_world",
+    "without_compiling",
+]
 
-__all__ = ["all_gather", "known", "on_shards", "uncompiled", "with_timeout_of_world", "without_compiling"]
-
-LINEAR_TAKES_SHARDS = torch.__version__ >= "2.13"  # which compares numbers
+DisableTorchDispatch = torch._C._DisableTorchDispatch
+DisableTorchFunction = torch._C.DisableTorchFunction
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+current_dispatch_mode = _python_dispatch._get_current_dispatch_mode
+dispatch_depth = torch._C._len_torch_dispatch_stack
+autograd_task = torch._C._current_graph_task_id
+"""The number of the backward pass that runs; -1 if none does."""
+default_store = distributed_c10d._get_default_store
+make_subclass = Tensor._make_subclass
+OPAQUE_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
+"""Attention that torch computes inside, where no mode sees it."""
+process_group = distributed_c10d._resolve_process_group
+"""The group of a name, as collectives are given it."""
 
 all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 
@@ -84,33 +133,24 @@ def with_timeout_of_world(mesh: DeviceMesh) -> DeviceMesh:
     return mesh
 
 
-def on_shards(module: nn.Module) -> nn.Module:
-    """Let every `nn.Linear` inside `module` take DTensors of whatever batch, in place; its weights are to be DTensors.
-
-    Not those of a class of their own, which may do something else.
-    """
-    if not LINEAR_TAKES_SHARDS:
-        for child in module.modules():
-            if type(child) is nn.Linear:
-                child.__class__ = _LinearOnShards
-    return module
+Modes = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
-class _LinearOnShards(nn.Linear):
-    """A linear layer for which each rank needs nothing but its shard, and which tells DTensor so."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, DTensor) or input.device_mesh.ndim > 1 or not isinstance(self.weight, DTensor):
-            return super().forward(input)
-        (placement,), mesh = input.placements, input.device_mesh
-        flattened = placement.is_shard() and 0 < placement.dim < input.ndim - 1  # type: ignore[attr-defined]
-        if not flattened or self.weight.placements != (REPLICATED,):
-            return super().forward(input)
-        shape = torch.Size((*input.shape[:-1], self.out_features))
-        weights = [to_shard(tensor) for tensor in (self.weight, self.bias) if tensor is not None]
-        return wrap(_linear(to_shard(input), *weights), mesh, placement, shape, contiguous_stride(shape))
+def mode_stacks() -> Modes:
+    """The modes of torch functions that are on, and those of operations, the outermost first."""
+    functions = tuple(overrides._get_current_function_mode_stack())
+    return functions, tuple(_python_dispatch._get_current_dispatch_mode_stack())
 
 
-@on_each_rank
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, weight, bias)
+def replace_mode_stacks(old: Modes, new: Modes) -> None:
+    """Have other modes on than those that are."""
+    for place, own in enumerate((overrides, _python_dispatch)):
+        for _ in old[place]:
+            own._pop_mode()  # type: ignore[attr-defined]
+        for mode in new[place]:
+            own._push_mode(mode)  # type: ignore[attr-defined]
+
+
+def has_torch_dispatch(kind: type) -> bool:
+    """Whether a class of tensors runs operations itself."""
+    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshdiff.distributed.mesh import place
 from meshdiff.distributed.placements import PARTS, REPLICATED
+from meshdiff.distributed.torch_compat import AsyncCollectiveTensor
 
 __all__ = ["Storage", "Streamed", "stream"]
 

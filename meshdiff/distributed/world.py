@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from meshdiff.distributed.simulation import is_simulated
+from meshdiff.distributed.torch_compat import default_store
 from meshdiff.errors import InputError
 
 __all__ = [
@@ -183,7 +184,7 @@ def store() -> dist.Store:
     """
     if not dist.is_initialized() and "attempt" in _stores:
         return _stores["attempt"]
-    return dist.distributed_c10d._get_default_store()  # torch gives no public way to it
+    return default_store()
 
 
 def first_failure(line: str) -> tuple[bool, str]:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from meshdiff.autoshard.call_key import NotCaptured, described
 from meshdiff.autoshard.capture.call_kinds import KINDS, CallKinds
@@ -38,6 +37,7 @@ from meshdiff.autoshard.capture.purity import note_output, watching
 from meshdiff.autoshard.fallback import Before, agree_on_fallback, one_line
 from meshdiff.autoshard.numerics import difference, has_numbers, one_sided, tolerance
 from meshdiff.distributed.consensus import all_gather_object, is_collective_error
+from meshdiff.distributed.torch_compat import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 __all__ = ["Backend", "GraphCapture"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Interpreter, Node
+
+from meshdiff.distributed.torch_compat import OpOverload
 
 __all__ = ["tidy"]
 

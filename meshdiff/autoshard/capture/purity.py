@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from meshdiff.autoshard.aliasing import memory
 from meshdiff.autoshard.call_key import PLAIN
@@ -24,6 +21,7 @@ from meshdiff.autoshard.patching import original_class
 from meshdiff.autoshard.recorder import calling_line
 from meshdiff.autoshard.snapshot.code_state import SMALL
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
+from meshdiff.distributed.torch_compat import HigherOrderOperator, TorchDispatchMode, tree_leaves
 
 __all__ = ["Watch", "note_output", "watching"]
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from meshdiff.attention.validation import is_checked
 from meshdiff.autoshard.call_key import is_due, signature_of
@@ -39,6 +38,7 @@ from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestor
 from meshdiff.distributed.consensus import all_gather_object, is_first_rank
 from meshdiff.distributed.rank_checks import check_alike, check_inputs
 from meshdiff.distributed.simulation import is_simulated, on_each_rank
+from meshdiff.distributed.torch_compat import tree_leaves, tree_structure, tree_unflatten
 
 __all__ = ["Guidance"]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from meshdiff.autoshard.cfg.deferred import DeferredTensor, OutputForm
 from meshdiff.autoshard.grad_state import GradState, Surroundings
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable, version
 from meshdiff.distributed.consensus import is_collective_error
 from meshdiff.distributed.fingerprint import fingerprint, sha256
+from meshdiff.distributed.torch_compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = ["Call", "Failure", "Kind", "Written", "batch_of", "others_can_hear"]
 

@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from meshdiff.distributed.simulation import outside
-from meshdiff.distributed.torch_compat import uncompiled
+from meshdiff.distributed.torch_compat import (
+    DisableTorchFunctionSubclass,
+    TreeSpec,
+    make_subclass,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+    uncompiled,
+)
 
 __all__ = ["DeferredTensor", "OutputForm"]
 
@@ -91,7 +99,7 @@ class DeferredTensor(Tensor):
         with outside():
             # Without memory, as FakeTensor of torch: what takes that without asking (`other.data = deferred`) raises.
             memory = torch.empty(shape, dtype=dtype, device="meta")
-            tensor = Tensor._make_subclass(cls, memory, dispatch_device=True)
+            tensor = make_subclass(cls, memory, dispatch_device=True)
         tensor._compute = compute
         return tensor
 
@@ -99,7 +107,7 @@ class DeferredTensor(Tensor):
         """Be an alias of that tensor from now on, class and all, where torch can do that."""
         try:
             alias = computed.detach()  # `computed` may be somebody's, an input that is returned say
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 torch.utils.swap_tensors(self, alias)
         except (RuntimeError, TypeError):  # a weak reference to either, or slots
             return False

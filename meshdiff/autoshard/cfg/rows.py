@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meshdiff.attention.problem import chunk_ranges
 from meshdiff.autoshard.cfg.calls import Call, Kind, batch_of, others_can_hear
@@ -19,6 +18,7 @@ from meshdiff.autoshard.numerics import difference, tolerance
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
 from meshdiff.distributed.consensus import all_gather_object
 from meshdiff.distributed.simulation import on_each_rank, outside, rank_values
+from meshdiff.distributed.torch_compat import tree_leaves, tree_map_only
 
 __all__ = ["alike_rows", "has_other_rows", "joined", "row_forms", "rows_of", "try_rows"]
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._pytree import tree_leaves
 
 from meshdiff.attention.joint import attend_beside
 from meshdiff.attention.problem import chunk_ranges
@@ -29,6 +28,7 @@ from meshdiff.autoshard.ops.slicing import plain_index
 from meshdiff.autoshard.reshard import SourceSlice
 from meshdiff.distributed.local_shards import contiguous_stride, place_on, wrap
 from meshdiff.distributed.simulation import on_each_rank
+from meshdiff.distributed.torch_compat import tree_leaves
 
 __all__ = ["attention_of_joins", "by_parts"]
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from meshdiff.autoshard.patching import KEY, Entry, original_class, set_class
 from meshdiff.autoshard.snapshot.code_state import (
@@ -46,6 +45,7 @@ from meshdiff.autoshard.snapshot.generators import default_generators, is_array,
 from meshdiff.autoshard.snapshot.holders import LITTLE, Array, Named, Slots, holds, put_back
 from meshdiff.autoshard.snapshot.weight_samples import WeightSamples
 from meshdiff.distributed.fingerprint import fingerprint, sha256
+from meshdiff.distributed.torch_compat import tree_leaves
 
 __all__ = ["DICTS", "MEMBERS", "OF_CALLS", "RANDOM", "ModuleSnapshot", "Unrestorable", "version"]
 
