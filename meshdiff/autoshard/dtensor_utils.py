@@ -24,6 +24,7 @@ __all__ = [
     "is_sharded",
     "map_dtensors",
     "map_tensors",
+    "once",
     "out_of_inference",
     "own_copy",
     "settled",
@@ -165,3 +166,15 @@ def map_tensors(kind: type[Tensor], function: Callable[[Any], Any], value: Any) 
             object.__setattr__(made, field.name, map_tensors(kind, function, entry))  # frozen ones, too
         return made
     return tree_map_only(kind, function, value)
+
+
+def once(function: Callable[[DTensor], Tensor]) -> Callable[[DTensor], Tensor]:
+    """One result for a DTensor, however often it is met: what is returned twice is one tensor."""
+    made: dict[int, tuple[DTensor, Tensor]] = {}
+
+    def call(tensor: DTensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor, function(tensor)
+        return made[id(tensor)][1]
+
+    return call

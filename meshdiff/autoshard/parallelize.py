@@ -26,7 +26,7 @@ from meshdiff.autoshard.call_key import is_due, signature_of
 from meshdiff.autoshard.capture.graph_capture import Backend, GraphCapture
 from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dispatch_mode import SafetyMode, UnsafeMutation
-from meshdiff.autoshard.dtensor_utils import map_dtensors, out_of_inference, to_plain
+from meshdiff.autoshard.dtensor_utils import map_dtensors, once, out_of_inference, to_plain
 from meshdiff.autoshard.fallback import Before, agree_on_fallback, one_line
 from meshdiff.autoshard.function_mode import ShardingMode
 from meshdiff.autoshard.lazy import LazyReshards
@@ -258,7 +258,7 @@ class Parallelized:
                 args, kwargs = self._entered(run, "", self.module, args, kwargs)
             output = inner(*args, **kwargs)
         with run.recorder or ExitStack():
-            output = map_dtensors(_once(to_plain), output)
+            output = map_dtensors(once(to_plain), output)
         if run.recorder is not None:
             self._report = Report.of(self.module, self.mesh, run.recorder, self.whole)
         return output
@@ -392,15 +392,3 @@ class _Run:
         assert self.recorder is not None
         if self.context is None or not self.context.exchanging:
             self.recorder.on_operation(func, arguments, result)
-
-
-def _once(function: Callable[[DTensor], Tensor]) -> Callable[[DTensor], Tensor]:
-    """One result for a DTensor, however often it is met: what is returned twice is one tensor."""
-    made: dict[int, tuple[DTensor, Tensor]] = {}
-
-    def call(tensor: DTensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = tensor, function(tensor)
-        return made[id(tensor)][1]
-
-    return call

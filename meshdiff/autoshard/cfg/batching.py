@@ -19,13 +19,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.validation import is_checked
 from meshdiff.autoshard.call_key import is_due, signature_of
-from meshdiff.autoshard.cfg.calls import Call, Failure, Kind, Written, batch_of, others_can_hear
+from meshdiff.autoshard.cfg.calls import (
+    Call,
+    Failure,
+    Kind,
+    Written,
+    are_alike,
+    batch_of,
+    others_can_hear,
+    value_of_rank,
+    why_undivided,
+)
 from meshdiff.autoshard.cfg.deferred import OutputForm
 from meshdiff.autoshard.cfg.exchange import Form, exchange, fits
 from meshdiff.autoshard.cfg.rows import alike_rows, has_other_rows, joined, row_forms, rows_of, try_rows
@@ -37,13 +46,11 @@ from meshdiff.autoshard.patching import Interception, owners
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable
 from meshdiff.distributed.consensus import all_gather_object, is_first_rank
 from meshdiff.distributed.rank_checks import check_alike, check_inputs
-from meshdiff.distributed.simulation import is_simulated, on_each_rank
+from meshdiff.distributed.simulation import is_simulated
 from meshdiff.distributed.torch_compat import tree_leaves, tree_structure, tree_unflatten
 
 __all__ = ["Guidance"]
 
-PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
-"""Arguments that are what they are later as well."""
 KINDS = 256
 """Kinds of calls that are known at a time."""
 CHANGES = 3
@@ -93,7 +100,7 @@ class Guidance:
 
     def _call(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = out_of_inference((args, kwargs))
-        self.undivided = self._why_not(args, kwargs)
+        self.undivided = why_undivided(self.module, args, kwargs)
         if self.undivided:
             self._run()
         kind = self._kind(args, kwargs)
@@ -133,18 +140,6 @@ class Guidance:
         if kind.retries == RETRIES:
             self._fall_back(f"is changed from step to step ({what})")
         return True
-
-    def _why_not(self, args: Any, kwargs: Any) -> str:
-        """Why arguments cannot be kept for later and sent in part; "" if they can."""
-        leaves = tree_leaves((args, kwargs))
-        if getattr(self.module, "is_cache_enabled", False):
-            return "has a cache of diffusers on"
-        for leaf in leaves:
-            if not isinstance(leaf, PLAIN):
-                return f"is given a {type(leaf).__name__}, which may hold anything"
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        training = torch.is_grad_enabled() and any(t.requires_grad for t in [*tensors, *self.module.parameters()])
-        return "is called with gradients" if training else ""
 
     def _now(self) -> ModuleSnapshot:
         """The model as it is now."""
@@ -292,7 +287,7 @@ class Guidance:
         calls = self._taken()
         if not calls:
             return
-        outputs, divided = None, len(calls) > 1 and self._are_alike(calls)
+        outputs, divided = None, len(calls) > 1 and are_alike(calls)
         try:
             if divided:
                 outputs = self._at_once(calls)
@@ -329,15 +324,6 @@ class Guidance:
         for call, of_ranks in zip(calls, zip(*told, strict=True), strict=True):
             call.error = call.error or self._of_other_rank(of_ranks)
 
-    def _are_alike(self, calls: list[Call]) -> bool:
-        """Whether tensors that they return can be exchanged; a simulation has one flow of Python for all ranks."""
-        dtypes = {tuple(form and form[1] for form in call.form.tensors) for call in calls}
-        devices = {call.form.device for call in calls}
-        if len(dtypes) != 1 or len(devices) != 1:
-            return False
-        kinds = [(tuple(map(_kind_of, tree_leaves(call.own))), call.surroundings) for call in calls]
-        return not is_simulated() or all(kind == kinds[0] for kind in kinds)
-
     def _at_once(self, calls: list[Call]) -> list[Any] | None:
         """Each rank does one of the calls, the last one if there is none for it, and gets the outputs of all."""
         ranks = [calls[min(rank, len(calls) - 1)] for rank in range(self.mesh.size())]
@@ -346,7 +332,7 @@ class Guidance:
         arguments = own.own
         if is_simulated():
             of_calls = zip(*(tree_leaves(call.own) for call in calls), strict=True)
-            leaves = [_own(self.mesh.get_local_rank(), *of_all) for of_all in of_calls]
+            leaves = [value_of_rank(self.mesh.get_local_rank(), *of_all) for of_all in of_calls]
             arguments = tree_unflatten(leaves, tree_structure(own.own))
         parts = self._divided(own, arguments, forms)
         if parts is None:
@@ -411,12 +397,3 @@ class Guidance:
                     "cfg, which now hold other values each; load the model again, its calls will then run on every "
                     "rank in their order"
                 )
-
-
-def _kind_of(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
-
-
-@on_each_rank
-def _own(rank: int, *values: Any) -> Any:
-    return values[min(rank, len(values) - 1)]

@@ -8,16 +8,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshdiff.autoshard.cfg.deferred import DeferredTensor, OutputForm
 from meshdiff.autoshard.grad_state import GradState, Surroundings
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable, version
 from meshdiff.distributed.consensus import is_collective_error
 from meshdiff.distributed.fingerprint import fingerprint, sha256
+from meshdiff.distributed.simulation import is_simulated, on_each_rank
 from meshdiff.distributed.torch_compat import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-__all__ = ["Call", "Failure", "Kind", "Written", "batch_of", "others_can_hear"]
+__all__ = [
+    "Call",
+    "Failure",
+    "Kind",
+    "Written",
+    "are_alike",
+    "batch_of",
+    "others_can_hear",
+    "value_of_rank",
+    "why_undivided",
+]
+
+
+PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
+"""Arguments that are what they are later as well."""
 
 
 @dataclass
@@ -204,3 +219,35 @@ class Failure:
 def others_can_hear(error: Exception) -> bool:
     """Whether all ranks that do the same call have raised it, so that none of them waits for another."""
     return not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not is_collective_error(error)
+
+
+def why_undivided(module: nn.Module, args: Any, kwargs: Any) -> str:
+    """Why arguments cannot be kept for later and sent in part; "" if they can."""
+    leaves = tree_leaves((args, kwargs))
+    if getattr(module, "is_cache_enabled", False):
+        return "has a cache of diffusers on"
+    for leaf in leaves:
+        if not isinstance(leaf, PLAIN):
+            return f"is given a {type(leaf).__name__}, which may hold anything"
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in [*tensors, *module.parameters()])
+    return "is called with gradients" if training else ""
+
+
+def are_alike(calls: list[Call]) -> bool:
+    """Whether tensors that they return can be exchanged; a simulation has one flow of Python for all ranks."""
+    dtypes = {tuple(form and form[1] for form in call.form.tensors) for call in calls}
+    devices = {call.form.device for call in calls}
+    if len(dtypes) != 1 or len(devices) != 1:
+        return False
+    kinds = [(tuple(map(_kind_of, tree_leaves(call.own))), call.surroundings) for call in calls]
+    return not is_simulated() or all(kind == kinds[0] for kind in kinds)
+
+
+def _kind_of(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+@on_each_rank
+def value_of_rank(rank: int, *values: Any) -> Any:
+    return values[min(rank, len(values) - 1)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from meshdiff.autoshard.snapshot.weight_samples import SAMPLE
 
-__all__ = ["LITTLE", "Array", "Named", "Slots", "holds", "put_back"]
+__all__ = ["LITTLE", "Array", "Named", "Slots", "grew", "holds", "put_back"]
 
 LITTLE = 1024
 """Elements of a tensor or an array of which there always is a copy: counters, averages, positions."""
@@ -97,3 +97,13 @@ def put_back(holder: Any, content: Any) -> None:
     else:
         holder.clear()
         (holder.extend if isinstance(holder, (list, deque)) else holder.update)(content)
+
+
+def grew(own: Any, now: Any) -> bool:
+    """Whether `now` has all that `own` has, unchanged; what was None may be something."""
+    if own is None or own == now:
+        return True
+    if isinstance(own, dict) and isinstance(now, dict):
+        return all(key in now and grew(fact, now[key]) for key, fact in own.items())
+    pair = isinstance(own, tuple) and isinstance(now, tuple) and len(own) == len(now) == 2
+    return pair and own[0] == now[0] and isinstance(own[1], dict) and grew(own[1], now[1])

@@ -42,7 +42,7 @@ from meshdiff.autoshard.snapshot.code_state import (
     slots_of,
 )
 from meshdiff.autoshard.snapshot.generators import default_generators, is_array, is_generator, set_state, state_of
-from meshdiff.autoshard.snapshot.holders import LITTLE, Array, Named, Slots, holds, put_back
+from meshdiff.autoshard.snapshot.holders import LITTLE, Array, Named, Slots, grew, holds, put_back
 from meshdiff.autoshard.snapshot.weight_samples import WeightSamples
 from meshdiff.distributed.fingerprint import fingerprint, sha256
 from meshdiff.distributed.torch_compat import tree_leaves
@@ -146,7 +146,7 @@ class ModuleSnapshot:
 
     def only_grew(self, now: ModuleSnapshot) -> bool:
         """Whether nothing that was there is another one in `now`, as when a result is kept for later calls."""
-        return _grew(self._parts, now._parts) and not self._written(now)
+        return grew(self._parts, now._parts) and not self._written(now)
 
     def restore(self, now: ModuleSnapshot) -> None:
         """Put back what differs in `now`, which was just taken.
@@ -382,16 +382,6 @@ class ModuleSnapshot:
 
 
 _times = itertools.count()
-
-
-def _grew(own: Any, now: Any) -> bool:
-    """Whether `now` has all that `own` has, unchanged; what was None may be something."""
-    if own is None or own == now:
-        return True
-    if isinstance(own, dict) and isinstance(now, dict):
-        return all(key in now and _grew(fact, now[key]) for key, fact in own.items())
-    pair = isinstance(own, tuple) and isinstance(now, tuple) and len(own) == len(now) == 2
-    return pair and own[0] == now[0] and isinstance(own[1], dict) and _grew(own[1], now[1])
 
 
 def version(tensor: Tensor) -> int:
