@@ -50,6 +50,19 @@ def test_shipped_weights_are_small():
     assert size <= 8_000_000
 
 
+def test_links_between_pages_lead_somewhere():
+    lost = []
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not (page.parent / link).exists():
+                lost.append((page.name, link))
+    assert lost == []
+
+
+def test_the_readme_is_a_landing_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
 def private_names_of_torch(path: Path) -> list[str]:
     """The imports and attributes of torch in a file whose names begin with an underscore; operations are none."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), []
