@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -52,21 +52,29 @@ def from_every_rank(value: T, mesh: DeviceMesh | None = None, what: str = "") ->
     """
     if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulated():
         return [value]
-    values = [(what, value)]
+    values: list[Any] = [_Meeting(what, value) if what else value]
     groups = [None] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
     for group in reversed(groups):  # neighbours are along the last dim
         if dist.get_world_size(group) > 1:
-            gathered: list[list[tuple[str, T]]] = [values] * dist.get_world_size(group)
+            gathered: list[list[Any]] = [values] * dist.get_world_size(group)
             dist.all_gather_object(gathered, values, group=group)
             values = list(chain.from_iterable(gathered))
-    for rank, (of_rank, _) in enumerate(values):
-        if of_rank != what:
-            here, there = what or "something else", of_rank or "something else"
+    for rank, of_rank in enumerate(values):
+        other = of_rank.what if isinstance(of_rank, _Meeting) else ""
+        if other != what:
+            here, there = what or "something else", other or "something else"
             raise RuntimeError(
                 f"ranks do not do the same: one is at {here}, rank {rank} of this mesh at {there}; one that ended "
                 "a call with an error of its own, out of memory say, cannot go on alone"
             )
-    return [of_rank for _, of_rank in values]
+    return [of_rank.value for of_rank in values] if what else values
+
+
+class _Meeting(NamedTuple):
+    """What a rank says of itself where another may be at something else."""
+
+    what: str
+    value: Any
 
 
 @contextmanager

@@ -132,6 +132,10 @@ def agreement() -> list[str]:
         heard.append(str(error))
     with agreed():
         pass
+    try:
+        from_every_rank(rank, None, "the end" if rank == 1 else "the beginning")
+    except RuntimeError as error:
+        heard.append(str(error).partition(";")[0])
     return from_every_rank(heard)
 
 

@@ -7,18 +7,15 @@ from meshdiff import InputError
 from meshdiff.agreement import agreed, check_same, from_every_rank
 
 
-def test_every_rank_hears_of_one_ranks_failure_and_of_different_flags(tmp_path):
+def test_every_rank_hears_of_one_ranks_failure_of_different_flags_and_of_different_meetings(tmp_path):
     heard = run_on_ranks("agreement", 3, tmp_path)
-    assert (
-        heard
-        == [
-            [
-                "rank 1 of 3: --weights: no such file",
-                "--seed: is 0 on rank 0 and 1 on rank 1; start every rank with the same",
-            ]
+    for rank, lines in enumerate(heard):
+        here, there, other = ("the end", "the beginning", 0) if rank == 1 else ("the beginning", "the end", 1)
+        assert lines == [
+            "rank 1 of 3: --weights: no such file",
+            "--seed: is 0 on rank 0 and 1 on rank 1; start every rank with the same",
+            f"ranks do not do the same: one is at {here}, rank {other} of this mesh at {there}",
         ]
-        * 3
-    )
 
 
 def test_one_process_agrees_with_itself():
