@@ -183,7 +183,7 @@ def test_writes_and_looks_are_those_of_one_device(variant, ranks):
 
 
 def test_without_the_watch_over_memory_a_write_would_be_lost(monkeypatch):
-    monkeypatch.setattr(meshdiff.autoshard.aliasing.AliasTracker, "copies", lambda self, tensor: False)
+    monkeypatch.setattr(meshdiff.autoshard.aliasing.AliasTracker, "has_live_aliases", lambda self, tensor: False)
     model, given = Model("view of a copy").requires_grad_(False), inputs()
     expected = model(**given)
     with simulate(2):
@@ -193,12 +193,12 @@ def test_without_the_watch_over_memory_a_write_would_be_lost(monkeypatch):
 
 def test_what_a_thread_still_holds_is_not_in_use():
     aliases, source, copies = AliasTracker(), torch.randn(3), [torch.randn(3)]
-    aliases.join(source, copies[0])
+    aliases.link(source, copies[0])
     threading.Timer(0.05, copies.clear).start()  # as one does that has sent it
-    assert not aliases.copies(source)
+    assert not aliases.has_live_aliases(source)
     copies = [torch.randn(3)]
-    aliases.join(source, copies[0])
-    assert aliases.copies(source)
+    aliases.link(source, copies[0])
+    assert aliases.has_live_aliases(source)
 
 
 def test_gradients_arrive_whole_and_plain():
