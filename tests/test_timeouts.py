@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -36,7 +37,16 @@ def groups() -> dict[str, DeviceMesh]:
     return {"cfg": mesh["cfg"], "cp": mesh["cp"], "replica": ranks_of_replica(several), "ring": ring["ring"]}
 
 
+def wait_for_all(folder: Path) -> None:
+    """Until every rank has imported what it needs, which may take some longer than the time-out."""
+    (folder / f"here-{os.environ['RANK']}").touch()
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("here-*"))) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 if __name__ == "__main__":
+    wait_for_all(Path(sys.argv[1]))
     waited, own = {}, groups()
     for name, mesh in own.items():
         if 3 in mesh.mesh.flatten().tolist() and dist.get_rank() != 3:
