@@ -1,6 +1,6 @@
 """Torch's versions and its private names: no other file but `simulation` imports these from torch.
 
-All names here were seen in torch 2.11 and 2.13.
+All names here were seen in torch 2.13.
 
 torch 2.11, the oldest that meshdiff runs on, against 2.13:
 
@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, overrides
 from torch._ops import HigherOrderOperator, OpOverload
@@ -124,12 +123,13 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def with_timeout_of_world(mesh: DeviceMesh) -> DeviceMesh:
     """Let the groups of a mesh wait for as long as that of all ranks does; torch gives them half an hour.
 
-    By private functions: `init_device_mesh` takes no time-out (seen in torch 2.11 and 2.13).
+    By private functions: `init_device_mesh` takes no time-out. Torch has them for gloo and nccl; with other backends
+    groups keep what torch gives them.
     """
-    if dist.get_backend() != "fake":
-        world = dist.group.WORLD._get_backend(torch.device(mesh.device_type))  # type: ignore[union-attr]
+    backend: Any = distributed_c10d._get_default_group()._get_backend(torch.device(mesh.device_type))
+    if backend.name() in ("gloo", "nccl"):
         for group in mesh.get_all_groups():
-            distributed_c10d._set_pg_timeout(world.options._timeout, group)
+            distributed_c10d._set_pg_timeout(backend.options._timeout, group)
     return mesh
 
 
