@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,21 +55,21 @@ class Surroundings:
         self._modes = mode_stacks()
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Surroundings) or self._modes != other._modes:
-            return False
-        own, theirs = self._context, other._context
-        return len(own) == len(theirs) and all(theirs.get(key, ...) is value for key, value in own.items())
+        return isinstance(other, Surroundings) and self._modes == other._modes and self._has(other._context)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # as Python sets it, which typeshed calls a function
+
+    def _has(self, context: contextvars.Context) -> bool:
+        """True if the variables of a context are those that there were."""
+        own = self._context
+        return len(own) == len(context) and all(context.get(key, ...) is value for key, value in own.items())
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Call a function as if it was called there."""
-        if mode_stacks() != self._modes:
-            with _under(self._modes):
-                return self.run(call)
-        if self == Surroundings():
-            return call()  # so that what it sets is seen by the caller
-        return self._context.run(call)
+        with nullcontext() if mode_stacks() == self._modes else _under(self._modes):
+            if self._has(contextvars.copy_context()):
+                return call()  # so that what it sets is seen by the caller
+            return self._context.run(call)
 
 
 @contextmanager

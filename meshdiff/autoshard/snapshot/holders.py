@@ -61,7 +61,10 @@ def holds(holder: Any, content: Any) -> bool:
     if isinstance(holder, (list, deque)):
         return len(holder) == len(content) and all(map(operator.is_, holder, content))
     if isinstance(holder, types.CellType):
-        return holder.cell_contents is content
+        try:
+            return holder.cell_contents is content
+        except ValueError:  # the variable was deleted
+            return False
     if isinstance(holder, type):
         return holds(dict(vars(holder)), content)
     if isinstance(holder, Slots):
