@@ -1,4 +1,4 @@
-"""What is changed around a model between the two calls of a guided step, the first of which runs later."""
+"""Changes around a model between the two calls of a guided step, the first of which runs later."""
 
 from __future__ import annotations
 

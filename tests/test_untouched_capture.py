@@ -28,7 +28,7 @@ ELSEWHERE: dict[int, Tensor] = {}
 
 
 RAN = unseen(times=0, by_model=Counter[int]())
-"""How often the Python of a model ran on this rank."""
+"""The number of times that the Python of a model ran on this rank."""
 
 
 def body(block, x, y):

@@ -1,4 +1,4 @@
-"""What may be given to mesh attention; anything else is an error that says how to put it right."""
+"""Checks of what mesh attention is given; each error says how to put it right."""
 
 from __future__ import annotations
 
@@ -115,12 +115,13 @@ def placement(tensor: Tensor) -> Placement | None:
 
 
 def is_placed(tensor: Tensor, where: Placement) -> bool:
-    """Whether a DTensor on a 1-D mesh is placed so, `SEQUENCE` or `REPLICATED`.
+    """True if a DTensor on a 1-D mesh is placed so, `SEQUENCE` or `REPLICATED`.
 
     On a mesh of one rank these are the same, and torch 2.11 makes one of the other.
     """
     found = placement(tensor)
-    return found == where or (found in (SEQUENCE, REPLICATED) and tensor.device_mesh.size() == 1)  # type: ignore[attr-defined]
+    alone = isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1
+    return found == where or (found in (SEQUENCE, REPLICATED) and alone)
 
 
 def plain_mask(mask: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def _describe(tensor: Tensor) -> str:
 
 
 def is_checked() -> bool:
-    """Whether ranks are to compare what they were given, whatever that costs."""
+    """True if ranks are to compare what they were given, whatever that costs."""
     return os.environ.get(CHECK, "0") not in ("", "0")
 
 
@@ -187,7 +188,7 @@ def check_ranks(tensors: dict[str, Tensor | None], **settings: Any) -> None:
 
 
 def _facts(mesh: DeviceMesh, tensors: dict[str, Tensor], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each rank of the mesh was given, in its order."""
+    """The arguments of each rank of the mesh, in its order."""
     values = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
 
     def fact(rank: int, own: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a handler of a torch function is given: the mesh, what is known of tensors on it, and ways to run functions."""
+"""The argument of each handler: the mesh, what is known of tensors on it, and ways to run functions."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ShardingContext:
         return made
 
     def does_again(self) -> bool:
-        """Whether what is known decides all: gradients and autocast have a say, and a recorded call finds out."""
+        """True if what is known decides all: gradients and autocast have a say, and a recorded call finds out."""
         autocast = torch.is_autocast_enabled(self.mesh.device_type)
         return self.recorder is None and not autocast and not torch.is_grad_enabled()
 
@@ -156,7 +156,7 @@ def _name(func: Any) -> str:
 
 
 def _is_of_propagation(error: Exception) -> bool:
-    """Whether DTensor refused, which it does before anything runs, and on all ranks alike."""
+    """True if DTensor refused, which it does before anything runs, and on all ranks alike."""
     text = str(error)
     return isinstance(error, NotImplementedError) or any(
         words in text

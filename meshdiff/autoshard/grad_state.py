@@ -1,4 +1,4 @@
-"""What torch is set to around a call."""
+"""The settings of torch around a call, and other things that were there when it was made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["GradState", "Surroundings"]
 
 @dataclass(frozen=True)
 class GradState:
-    """What torch is set to around a call.
+    """The settings of torch around a call.
 
     Attributes:
         autocast: the dtype of each device type, None where it is off.
@@ -48,7 +48,7 @@ class GradState:
 
 
 class Surroundings:
-    """What else was there around a call: context variables, and modes of torch functions and of operations."""
+    """Context variables around a call, and modes of torch functions and of operations."""
 
     def __init__(self) -> None:
         self._context = contextvars.copy_context()

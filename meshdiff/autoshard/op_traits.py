@@ -1,4 +1,4 @@
-"""What is true of operations: one table, of torch functions as a model calls them, and of ATen operations by name.
+"""One table of the traits of operations: of torch functions as a model calls them, and of ATen operations by name.
 
 A torch function has its traits for the mode of functions, which decides by
 them what is looked up, deferred or refused. An ATen operation has its for the
@@ -34,7 +34,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class OpTraits:
-    """What is true of an operation; the columns of the table.
+    """The traits of an operation; the columns of the table.
 
     Attributes:
         shard_safe: each rank does to its shard what is right for the whole, or DTensor gathers, which is noticed.

@@ -45,7 +45,8 @@ class Interception:
     def __init__(self, module: nn.Module, around: Around, owner: object = None, innermost: bool = False) -> None:
         self.module, self.around, self.owner = module, around, owner
         if KEY not in vars(module):
-            intercepted = _intercepted(type(module))  # type: ignore[arg-type]
+            kind: Any = type(module)
+            intercepted = _intercepted(kind)
             vars(module)[KEY] = _Chain()
             object.__setattr__(module, "__class__", intercepted)
         members = vars(module)[KEY].members
@@ -59,7 +60,7 @@ class Interception:
         chain.members.remove(self)
         if not chain.members:
             del vars(self.module)[KEY]
-            _SLOT.__set__(self.module, original_class(self.module))  # type: ignore[attr-defined]
+            _SLOT.__set__(self.module, original_class(self.module))
 
 
 class _Chain:
@@ -78,10 +79,10 @@ class _Chain:
     def __reduce__(self) -> Any:
         return _Chain, ()  # a copy is not intercepted, however it was made
 
-    def entry(self, module: nn.Module, base: type) -> Entry:
+    def entry(self, module: nn.Module, base: Any) -> Entry:
         """The `Entry` to what is the module's forward now, which is read at every call."""
         own = vars(module).get("forward")
-        key = base.forward if own is None else own  # type: ignore[attr-defined]
+        key = base.forward if own is None else own
         if self._entry is None or self._entry[0] is not key:
             inner = getattr(super(type(module), module), "forward") if own is None else own  # noqa: B009
             self._entry = key, Entry(module, inner)
@@ -140,14 +141,14 @@ def _inside(chain: _Chain, inner: Forward, *args: Any, **kwargs: Any) -> Any:
 class _Forward:
     """The `forward` of an intercepted module."""
 
-    def __init__(self, base: type) -> None:
+    def __init__(self, base: Any) -> None:
         self.base = base
 
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
         if module is None:
-            return self.base.forward  # type: ignore[attr-defined]
+            return self.base.forward
         if KEY not in vars(module):  # made of the subclass by somebody who asked for type(module)
-            return vars(module).get("forward") or self.base.forward.__get__(module)  # type: ignore[attr-defined]
+            return vars(module).get("forward") or self.base.forward.__get__(module)
         return vars(module)[KEY].entry(module, self.base)
 
     def __set__(self, module: nn.Module, value: Any) -> None:
@@ -174,10 +175,10 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def set_class(module: nn.Module, cls: type) -> None:
     """Make a module an instance of a class, which may be one that is intercepted."""
-    _SLOT.__set__(module, cls)  # type: ignore[attr-defined]
+    _SLOT.__set__(module, cls)
 
 
-_SLOT = object.__dict__["__class__"]
+_SLOT: Any = object.__dict__["__class__"]
 
 
 def _get_class(module: nn.Module) -> type:
@@ -185,7 +186,7 @@ def _get_class(module: nn.Module) -> type:
 
 
 def _set_class(module: nn.Module, value: type) -> None:
-    _SLOT.__set__(module, value if "_meshdiff_base" in vars(value) else _intercepted(value))  # type: ignore[attr-defined]
+    _SLOT.__set__(module, value if "_meshdiff_base" in vars(value) else _intercepted(value))
 
 
 def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
@@ -204,7 +205,8 @@ def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # torch.compile looks for the forward in the class, where there is none that is intercepted.
-    return uncompiled(super(type(module), module).__call__, *args, **kwargs)  # type: ignore[misc]
+    of_base: Any = super(type(module), module)
+    return uncompiled(of_base.__call__, *args, **kwargs)
 
 
 def _compile(module: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -63,7 +63,7 @@ def decode_list(data: bytes, source: str) -> str:
 
 
 def _has_wide_lines(data: bytes) -> bool:
-    """Whether every line ends with two bytes, as in UTF-16 without a mark, also of letters that have no zeros."""
+    """True if every line ends with two bytes, as in UTF-16 without a mark, also of letters that have no zeros."""
     ends = [place for place, byte in enumerate(data) if byte == ord("\n")]
     little = all(place % 2 == 0 and data[place + 1 : place + 2] == b"\0" for place in ends)
     big = all(place % 2 == 1 and data[place - 1] == 0 for place in ends)

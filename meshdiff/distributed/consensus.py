@@ -71,7 +71,7 @@ def all_gather_object(value: T, mesh: DeviceMesh | None = None, what: str = "") 
 
 
 class _Meeting(NamedTuple):
-    """What a rank says of itself where another may be at something else."""
+    """The value of a rank, and what it is at, where another may be at something else."""
 
     what: str
     value: Any

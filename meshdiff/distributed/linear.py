@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,8 +36,8 @@ class _LinearOnShards(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, DTensor) or input.device_mesh.ndim > 1 or not isinstance(self.weight, DTensor):
             return super().forward(input)
-        (placement,), mesh = input.placements, input.device_mesh
-        flattened = placement.is_shard() and 0 < placement.dim < input.ndim - 1  # type: ignore[attr-defined]
+        mesh, placement = input.device_mesh, cast(Any, input.placements[0])
+        flattened = placement.is_shard() and 0 < placement.dim < input.ndim - 1
         if not flattened or self.weight.placements != (REPLICATED,):
             return super().forward(input)
         shape = torch.Size((*input.shape[:-1], self.out_features))

@@ -90,7 +90,7 @@ all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_ten
 
 
 def known(config: type, **options: Any) -> dict[str, Any]:
-    """Those of the options that the dataclass has."""
+    """The options that the dataclass has, of those that are given."""
     return {name: options[name] for name in options.keys() & {field.name for field in dataclasses.fields(config)}}
 
 
@@ -112,7 +112,7 @@ _disabled: Callable[..., Any] | None = None
 
 
 def without_compiling() -> AbstractContextManager[Any]:
-    """What is compiled runs as it was in the body: dynamo cannot trace code that runs under modes of ours."""
+    """Have compiled code run as it was in the body: dynamo cannot trace code that runs under modes of ours."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -144,13 +144,14 @@ def mode_stacks() -> Modes:
 
 def replace_mode_stacks(old: Modes, new: Modes) -> None:
     """Have other modes on than those that are."""
-    for place, own in enumerate((overrides, _python_dispatch)):
+    modules: tuple[Any, Any] = overrides, _python_dispatch
+    for place, own in enumerate(modules):
         for _ in old[place]:
-            own._pop_mode()  # type: ignore[attr-defined]
+            own._pop_mode()
         for mode in new[place]:
-            own._push_mode(mode)  # type: ignore[attr-defined]
+            own._push_mode(mode)
 
 
-def has_torch_dispatch(kind: type) -> bool:
-    """Whether a class of tensors runs operations itself."""
-    return kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl  # type: ignore[attr-defined]
+def has_torch_dispatch(kind: Any) -> bool:
+    """True if a class of tensors runs operations itself."""
+    return bool(kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl)

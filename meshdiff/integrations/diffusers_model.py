@@ -57,6 +57,7 @@ class DiffusersRequest(Request):
     # A pipeline has its own idea of all of these, which a type checker does not allow a subclass.
     prompt: str = "A cat walking on grass."
     """What the clip or image shows."""
+    # None where other models have a number, which a type checker does not allow a subclass.
     frames: int | None = None  # type: ignore[assignment]
     """Frames of the clip; the pipeline's default if left out."""
     height: int | None = None  # type: ignore[assignment]

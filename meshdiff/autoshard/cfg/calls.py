@@ -217,7 +217,7 @@ class Failure:
 
 
 def others_can_hear(error: Exception) -> bool:
-    """Whether all ranks that do the same call have raised it, so that none of them waits for another."""
+    """True if all ranks that do the same call have raised it, so that none of them waits for another."""
     return not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not is_collective_error(error)
 
 
@@ -235,7 +235,7 @@ def why_undivided(module: nn.Module, args: Any, kwargs: Any) -> str:
 
 
 def are_alike(calls: list[Call]) -> bool:
-    """Whether tensors that they return can be exchanged; a simulation has one flow of Python for all ranks."""
+    """True if tensors that they return can be exchanged; a simulation has one flow of Python for all ranks."""
     dtypes = {tuple(form and form[1] for form in call.form.tensors) for call in calls}
     devices = {call.form.device for call in calls}
     if len(dtypes) != 1 or len(devices) != 1:

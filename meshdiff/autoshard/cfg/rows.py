@@ -53,7 +53,7 @@ def alike_rows(args: Any, kwargs: Any, among: frozenset[int] | None = None) -> f
 
 
 def has_other_rows(kind: Kind, args: Any, kwargs: Any) -> bool:
-    """Whether a call has tensors of several rows where those were all the same when rows were tried."""
+    """True if a call has tensors of several rows where those were all the same when rows were tried."""
     return bool(kind.alike) and alike_rows(args, kwargs, kind.alike) != kind.alike
 
 

@@ -48,7 +48,7 @@ def package_of(thing: Any) -> str:
 
 
 def is_iterator(value: Any) -> bool:
-    """Whether reading it moves it on; nothing tells how far it is."""
+    """True if reading it moves it on; nothing tells how far it is."""
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
 
 
@@ -66,7 +66,7 @@ def class_members(cls: type) -> tuple[Members, Members]:
 
 
 def is_code(value: Any) -> bool:
-    """Whether an attribute of a class or a module is a function, or is made of some."""
+    """True if an attribute of a class or a module is a function, or is made of some."""
     return isinstance(value, CODE)
 
 
@@ -98,7 +98,7 @@ def _spaces(function: types.FunctionType, names: tuple[str, ...]) -> Iterator[tu
 
 
 def _global(space: dict[str, Any], name: str) -> Any:
-    """What a function finds by a name, or imports by it."""
+    """The global that a function finds by a name, or imports by it."""
     if name in space:
         return space[name]
     return sys.modules.get(name) or sys.modules.get(f"{space.get('__package__')}.{name}")
@@ -110,7 +110,7 @@ def is_library(package: str) -> bool:
 
 
 def _is_state(name: str, value: Any, package: str) -> bool:
-    """Whether a global or an attribute of a class may be what code of a package keeps between calls."""
+    """True if a global or an attribute of a class may be what code of a package keeps between calls."""
     kind: Any = type(value)
     if name.startswith("__"):
         return False
@@ -165,7 +165,7 @@ def reached_functions(members: frozenset[Members], functions: frozenset[Any]) ->
 
 
 def _functions_in(value: Any) -> list[types.FunctionType]:
-    """Those that an attribute of a class is made of."""
+    """The functions that an attribute of a class is made of."""
     parts = (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),)
     plain = [part if isinstance(part, types.FunctionType) else getattr(part, "__wrapped__", None) for part in parts]
     return [part for part in plain if isinstance(part, types.FunctionType)]

@@ -25,7 +25,7 @@ def default_generators() -> list[Any]:
 
 
 def is_generator(value: Any) -> bool:
-    """Whether random numbers are drawn from it."""
+    """True if random numbers are drawn from it."""
     if isinstance(value, (torch.Generator, random.Random)):
         return not isinstance(value, random.SystemRandom)  # which has no state
     numpy = sys.modules.get("numpy.random")
@@ -33,7 +33,7 @@ def is_generator(value: Any) -> bool:
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is an array of NumPy, of numbers."""
+    """True for an array of NumPy, of numbers."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray) and not value.dtype.hasobject
 

@@ -17,7 +17,7 @@ LITTLE = 1024
 
 
 class Slots:
-    """What an object holds in slots."""
+    """The attributes that an object holds in slots."""
 
     def __init__(self, owner: Any, names: tuple[str, ...]) -> None:
         self.owner, self.names = owner, names
@@ -54,7 +54,7 @@ class Named:
 
 
 def holds(holder: Any, content: Any) -> bool:
-    """Whether a holder holds what it held, each thing the same object."""
+    """True if a holder holds what it held, each thing the same object."""
     if isinstance(holder, dict):
         alike = len(holder) == len(content) and all(map(operator.is_, holder, content))
         return alike and all(map(operator.is_, holder.values(), content.values()))
@@ -103,7 +103,7 @@ def put_back(holder: Any, content: Any) -> None:
 
 
 def grew(own: Any, now: Any) -> bool:
-    """Whether `now` has all that `own` has, unchanged; what was None may be something."""
+    """True if `now` has all that `own` has, unchanged; what was None may be something."""
     if own is None or own == now:
         return True
     if isinstance(own, dict) and isinstance(now, dict):

@@ -59,7 +59,7 @@ OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
 MEMBERS = frozenset({"_parameters", "_buffers", "_modules"})
 RANDOM = "random numbers"
 OF_FSDP = "__composable_api_state_key"
-"""What FSDP2 keeps in the modules that it shards: it changes with every call, and is nothing of the model's own."""
+"""Attributes of FSDP2 in modules that it shards: they change with every call, and are nothing of the model's own."""
 
 
 class Unrestorable(Exception):
@@ -67,7 +67,7 @@ class Unrestorable(Exception):
 
 
 class ModuleSnapshot:
-    """What can be reached of a module, as it is now.
+    """All that can be reached of a module, as it is now.
 
     Args:
         module: the module.
@@ -86,12 +86,12 @@ class ModuleSnapshot:
         self._generators: list[tuple[torch.Generator, Any]] = []
         self._random: list[tuple[Any, Any]] = []
         self._contents: list[tuple[Any, Any]] = []
-        """What can be put back: dicts, lists, sets, cells and classes, and what is in them."""
+        """Things that can be put back: dicts, lists, sets, cells and classes, and what is in them."""
         self._tensors: dict[int, tuple[str, Tensor, int]] = {}
         """Name, tensor and version."""
         self._weights: list[Tensor] = []
         self._moves = False
-        """Whether there is an iterator, of which nobody can see how far it is."""
+        """True if there is an iterator, of which nobody can see how far it is."""
         self._functions: dict[types.FunctionType, None] = {}
         self._classes: dict[type, None] = {}
         self._modules: dict[nn.Module, type] = {}
@@ -145,7 +145,7 @@ class ModuleSnapshot:
         return self._written(now)
 
     def only_grew(self, now: ModuleSnapshot) -> bool:
-        """Whether nothing that was there is another one in `now`, as when a result is kept for later calls."""
+        """True if nothing that was there is another one in `now`, as when a result is kept for later calls."""
         return grew(self._parts, now._parts) and not self._written(now)
 
     def restore(self, now: ModuleSnapshot) -> None:
@@ -199,7 +199,7 @@ class ModuleSnapshot:
         for place, own in self._of_code().items():
             parts[place] = own
         self._of_waiting(parts)
-        environment = os.environ._data  # type: ignore[attr-defined]  # itself it is made anew of this at every read
+        environment: Any = vars(os.environ)["_data"]  # of which `os.environ` makes its items anew at every read
         self._contents.append((environment, dict(environment)))
         parts["os.environ"] = {key.decode(errors="replace"): value for key, value in environment.items()}
         parts["hooks of all modules"] = {
@@ -244,7 +244,7 @@ class ModuleSnapshot:
         return facts
 
     def _of_code(self) -> dict[str, dict[Any, Any]]:
-        """What forwards, hooks and processors name in their globals, and the attributes of classes and functions."""
+        """Globals that forwards, hooks and processors name, and the attributes of classes and functions."""
         facts: dict[str, dict[Any, Any]] = {}
         code: dict[type, Members] = {}
         functions: set[types.FunctionType] = set()
@@ -291,7 +291,7 @@ class ModuleSnapshot:
         return id(tensor), self._tensors[id(tensor)][2]
 
     def _fact(self, value: Any, name: str) -> Any:
-        """What counts about a value."""
+        """The parts of a value that count."""
         kind: Any = type(value)
         if kind in SMALL:
             return value
