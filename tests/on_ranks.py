@@ -247,7 +247,7 @@ def captured_and_changed_on_one_rank() -> None:
 
 def captured_traffic() -> list:
     """Of every rank: what a call sends on shards and as a program, and what comes of a compiled one."""
-    from test_untouched_capture import traffic_and_compiled
+    from test_untouched_programs import traffic_and_compiled
 
     return traffic_and_compiled()
 
