@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from moving_digits import DIGIT_SIZE, Digits, load_split, render, trajectories
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sklearn.svm import SVC
 from torch import Tensor
 
+from experiments.moving_digits import DIGIT_SIZE, Digits, load_split, render, trajectories
 from meshdiff.diffusion.guidance import classifier_free
 from meshdiff.diffusion.request import Request
 from meshdiff.diffusion.sampling import SOLVERS, flow_times, sample

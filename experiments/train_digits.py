@@ -3,9 +3,9 @@
 About 80 minutes on two CPU cores. The shipped weights come from a run that was prolonged twice,
 each time with a learning rate that falls again:
 
-    python experiments/train_digits.py --checkpoint state.pt --steps 1200
-    python experiments/train_digits.py --checkpoint state.pt --steps 1500
-    python experiments/train_digits.py --checkpoint state.pt --steps 2300
+    python -m experiments.train_digits --checkpoint state.pt --steps 1200
+    python -m experiments.train_digits --checkpoint state.pt --steps 1500
+    python -m experiments.train_digits --checkpoint state.pt --steps 2300
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
-from moving_digits import load_split, sample_clips
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.moving_digits import load_split, sample_clips
 from meshdiff.models.digits_prompts import Prompt
 from meshdiff.models.layers import rope_3d
 from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig, initialize

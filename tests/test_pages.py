@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from pages import check_page, put_part
 
+from experiments.tools.pages import check_page, put_part
 from meshdiff.errors import InputError
 
 

@@ -122,7 +122,7 @@ def opens_text(call: ast.Call) -> bool:
 
 
 def test_the_flag_reference_is_what_help_says():
-    from flag_reference import reference
+    from experiments.tools.flag_reference import reference
 
-    # Else: python experiments/flag_reference.py > docs/flags.md
+    # Else: python -m experiments.tools.flag_reference > docs/flags.md
     assert (ROOT / "docs" / "flags.md").read_text() == reference()

@@ -1,7 +1,7 @@
 """Attention over a mesh: DTensors in, DTensors out, and nothing gathered unasked.
 
 What each rank of N sends and holds, in elements, for B = batch, S = seq, H = heads,
-K = kv_heads, d = head_dim, where N divides them (`tests/contract.py` has the exact
+K = kv_heads, d = head_dim, where N divides them (`tests/support/contract.py` has the exact
 numbers for any size, which the tests hold against what was really sent):
 
 ========  ==========================  ================================  ====================  =================

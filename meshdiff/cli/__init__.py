@@ -1,1 +1,1 @@
-"""The command line: lists of requests, the files of a run, and its metrics."""
+"""The command line: its flags, lists of requests, the files of a run, and its metrics."""

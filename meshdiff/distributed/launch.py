@@ -30,10 +30,14 @@ __all__ = ["end_process", "end_with_launcher", "end_with_parent", "print_any_let
 _LAUNCHER = "MESHDIFF_LAUNCHER"  # in a rank's environment: the process that started it
 
 
-def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
-    """Run `python script arguments` as that many ranks on this machine, and wait.
+def start_ranks(ranks: int, command: Sequence[str]) -> int:
+    """Run `python command` as that many ranks on this machine, and wait.
 
     Signals sent to this process end the ranks.
+
+    Args:
+        ranks: how many.
+        command: a script, or `-m` and a module, and its arguments.
 
     Returns:
         0, or the exit code of the first rank that failed; 128 + N for signal N.
@@ -41,6 +45,7 @@ def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
     os.environ[_LAUNCHER] = str(os.getpid())
     # torchrun's default as well: without it every rank would use every core.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a lost store is pages of C++ frames above a rank's line
     # Its report of a failed rank is a page of traceback below the rank's own message.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
@@ -57,7 +62,7 @@ def start_ranks(ranks: int, script: str, arguments: Sequence[str]) -> int:
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
                 **known(LaunchConfig, shutdown_timeout=10),
             )
-            elastic_launch(config, sys.executable)("-u", script, *arguments)
+            elastic_launch(config, sys.executable)("-u", *command)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         said: Any = first.message

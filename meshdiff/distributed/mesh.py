@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -225,8 +226,13 @@ def replica(mesh: DeviceMesh) -> DeviceMesh:
 
 def torchrun_command(layout: Layout) -> str:
     """The command that starts this program, with these flags, as a layout's ranks on one machine."""
-    script = os.path.relpath(sys.argv[0])
-    return shlex.join(["torchrun", "--nproc-per-node", str(layout.world_size), script, *sys.argv[1:]])
+    if sys.argv[0].endswith("__main__.py"):  # a package, started with -m
+        program = ["-m", Path(sys.argv[0]).parent.name]
+    elif sys.argv[0].endswith(".py"):
+        program = [os.path.relpath(sys.argv[0])]
+    else:  # a console script
+        program = ["--no-python", Path(sys.argv[0]).name]
+    return shlex.join(["torchrun", "--nproc-per-node", str(layout.world_size), *program, *sys.argv[1:]])
 
 
 def check_gpus(ranks: int) -> None:

@@ -1,0 +1,1 @@
+"""Programs around the library: benchmarks, training of the embedded model, tiny models, tools."""

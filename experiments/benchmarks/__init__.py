@@ -1,0 +1,1 @@
+"""Times, side by side with one device and with other packages."""

@@ -1,0 +1,1 @@
+"""Models of random weights and a few MB, for tests and documentation."""

@@ -1,0 +1,369 @@
+"""What `run.py` does once flags are read and ranks are there: one clip, or a list of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+from torch import Tensor
+
+from meshdiff.cli.media import write_video
+from meshdiff.cli.metrics import PeakMemory, RunMetrics, Timer, collect
+from meshdiff.cli.output import COMPLETE, output_folder, remove_partial
+from meshdiff.cli.queue import RESULTS, Counter, Record, fresh, resume, take_turns
+from meshdiff.cli.request_list import Entry
+from meshdiff.diffusion.request import Request
+from meshdiff.distributed.comms import CommsCounter
+from meshdiff.distributed.consensus import agreed, all_gather_object, is_first_rank
+from meshdiff.distributed.launch import report_failure
+from meshdiff.distributed.mesh import Layout, init_mesh
+from meshdiff.distributed.simulation import simulate
+from meshdiff.distributed.world import recall, remember
+from meshdiff.errors import InputError
+from meshdiff.models import VideoModel
+from meshdiff.pipeline import Pipeline, check_strategy, prepare_request
+
+if TYPE_CHECKING:
+    from meshdiff.cli.config import Config
+
+
+@contextlib.contextmanager
+def model_on_mesh(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
+    """The model on its mesh, in this world or in a simulated one."""
+    with simulate(layout.world_size) if config.simulate else contextlib.nullcontext():
+        with agreed():
+            mesh = init_mesh(layout, config.device_type)
+            if config.model == "diffusers":
+                capture = torch.compile if config.compile else config.capture
+                pipeline = model.run(mesh, config.torch_dtype, config.strategy, capture)
+            else:
+                pipeline = Pipeline(
+                    model,
+                    mesh,
+                    dtype=config.torch_dtype,
+                    compile=config.compile,
+                    shard_weights=config.shard_weights,
+                    offload=config.low_memory >= 3,
+                    strategy=config.strategy,
+                )
+        yield pipeline
+
+
+def generate(
+    config: Config, layout: Layout, pipeline: Any, request: Request, on_stage: Callable, on_step: Callable
+) -> tuple[Tensor, RunMetrics]:
+    """The run itself, the same on every layout."""
+    timer, memory = Timer(config.device_type), PeakMemory(config.device_type)
+
+    def stage(name: str) -> None:
+        timer.on_stage(name)
+        on_stage(name)
+
+    def step(number: int) -> None:
+        timer.on_step(number)
+        on_step(number)
+
+    with CommsCounter(pipeline.mesh) as comms:
+        video = pipeline.generate(request, on_step=step, on_stage=stage)
+    described = config.described()
+    if config.model == "diffusers":
+        request = pipeline.done(request, video)
+        described["captured"] = pipeline.parallel.captured()
+    metrics = collect(pipeline, request, layout, timer, memory, comms, described)
+    if not video.isfinite().all():
+        raise InputError(
+            f"--dtype {metrics.dtype}",
+            "the clip is not made of finite numbers; float32 is the safest, and if it is that, a file of weights is "
+            "damaged",
+        )
+    return video, metrics
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar over sampling steps that names the stage, on rank 0 only."""
+    columns = (
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, disable=not is_first_rank())
+
+
+def start_wandb(config: Config, layout: Layout, folder: Path, group: str | None = None) -> Any:
+    """A W&B run in `folder`, or None."""
+    if config.wandb == "disabled":
+        return None
+    import wandb
+
+    try:
+        str(folder.absolute()).encode()  # here, before W&B has logged pages about it
+        return wandb.init(
+            project=config.wandb_project,
+            mode=config.wandb,
+            dir=folder,
+            name=str(layout),
+            group=group,
+            config={**{k.lstrip("-"): str(v) for k, v in config.flags().items()}, "layout": dataclasses.asdict(layout)},
+            settings=wandb.Settings(silent=True, console="off", init_timeout=20),
+        )
+    except UnicodeError as error:
+        raise InputError(
+            f"--wandb {config.wandb}",
+            f"W&B takes no folder or flag with letters that this locale ({sys.getfilesystemencoding()}) lacks; "
+            "PYTHONUTF8=1 in the environment reads them, --wandb disabled logs nothing",
+        ) from error
+    except (wandb.errors.Error, OSError) as error:
+        reason = str(error).splitlines()[0]
+        flags = f"--wandb {config.wandb} --wandb-project {config.wandb_project}"
+        raise InputError(flags, f"{reason}; --wandb offline needs no account, --wandb disabled logs nothing") from error
+
+
+def log_clip(run: Any, metrics: RunMetrics, folder: Path) -> None:
+    """The time of each step, and the clip."""
+    import wandb
+
+    for seconds in metrics.seconds_per_step:
+        run.log({"seconds_per_step": seconds})
+    run.log({"video": wandb.Video(str(folder / "video.mp4"), format="mp4"), "prompt": metrics.prompt})
+    run.summary.update(metrics.as_dict())
+
+
+def summary(metrics: RunMetrics, out: Path) -> Table:
+    """What a person wants to know at the end."""
+    table = Table(show_header=False, title=Text(metrics.prompt), title_style="bold")
+    layout = ", ".join(f"{name} {size}" for name, size in metrics.layout.items() if name != "dp")
+    played = " (simulated)" if metrics.simulated else ""
+    stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in metrics.seconds_by_stage.items())
+    table.add_row("layout", f"{layout}: {metrics.world_size} rank{'s' * (metrics.world_size > 1)}{played}")
+    table.add_row("device", f"{metrics.device}, {metrics.threads_per_rank} threads a rank, {metrics.dtype}")
+    table.add_row("time", f"{metrics.seconds_total:.2f} s, median step {metrics.median_seconds_per_step * 1000:.0f} ms")
+    table.add_row("", stages)
+    peak, start = (max(ranks) / 2**20 for ranks in (metrics.peak_memory_bytes, metrics.start_memory_bytes))
+    table.add_row("memory", f"peak {peak:.0f} MiB a rank, {start:.0f} MiB of it before the clip")
+    for dim, collectives in metrics.comms.items():
+        for name, traffic in collectives.items():
+            sent = f"{traffic['count']} x {name}, {traffic['bytes'] / 2**20:.2f} MiB sent by a rank"
+            table.add_row(f"{dim} traffic", sent)
+    for name, told in metrics.captured.items():
+        table.add_row(name, told)
+    table.add_row("written", str(out))
+    return table
+
+
+def write(video: Tensor, fps: int, metrics: RunMetrics, wandb_run: Any, folder: Path) -> None:
+    """All files of a clip; the one that says it is complete comes last."""
+    try:
+        write_video(video, folder, fps)
+        if wandb_run is not None:
+            log_clip(wandb_run, metrics, folder)
+        (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise InputError("--out", f"cannot be written ({error})") from error
+
+
+def output_of_run(config: Config, layout: Layout) -> tuple[Path, Literal["nothing", "begun", "complete"]]:
+    """The folder to write, the same on every rank, and how far it had come when torchrun restarted this run."""
+    out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
+    before: Literal["nothing", "begun", "complete"] = "nothing"
+    if is_first_rank() and (earlier := recall("out")) is not None:
+        out = Path(earlier)
+        before = "complete" if (out / COMPLETE).is_file() and not config.overwrite else "begun"
+    return all_gather_object((out, before))[0]
+
+
+def make_clip(config: Config, layout: Layout) -> None:
+    """Generate and write one clip; every rank comes by here, rank 0 alone talks and writes."""
+    console = Console()
+    out, before = output_of_run(config, layout)
+    if before == "complete":  # a rank was lost between writing and ending
+        if is_first_rank():
+            console.print(f"{out} is complete")
+        return
+    with contextlib.ExitStack() as stack:
+        with agreed():
+            model = config.open_model()
+            check_strategy(model, layout, config.strategy)
+            request = prepare_request(model, config.request, layout)
+        folder, wandb_run = Path(), None
+        with agreed():
+            if is_first_rank():
+                if before == "begun":
+                    remove_partial(out)
+                folder = stack.enter_context(output_folder(out, config.overwrite))
+                remember("out", str(out))
+                wandb_run = start_wandb(config, layout, folder)
+        with progress_bar(console) as progress:
+            task = progress.add_task("loading weights", total=request.steps)
+            with model_on_mesh(config, layout, model) as pipeline:
+                video, metrics = generate(
+                    config,
+                    layout,
+                    pipeline,
+                    request,
+                    on_stage=lambda stage: progress.update(task, description=stage),
+                    on_step=lambda step: progress.advance(task),
+                )
+        with agreed():
+            if is_first_rank():
+                write(video, model.fps, metrics, wandb_run, folder)
+                if wandb_run is not None:
+                    wandb_run.finish()
+                stack.close()  # the folder takes its name
+    if is_first_rank():
+        console.print(summary(metrics, out))
+
+
+def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
+    """Do a list, each replica a request at a time; returns 1 if some of them failed, else 0."""
+    console = Console()
+    out, before = output_of_run(config, layout)
+    with agreed():
+        model = config.open_model()
+        check_strategy(model, layout, config.strategy)
+        ready, refused = split_valid(model, layout, entries)
+        left: list[Entry] = []
+        if is_first_rank():
+            left = begin_list(out, config.resume or before == "begun", config, ready, refused)
+            console.print(f"{layout}: {layout.reason(max(1, len(ready)))}")
+            if len(left) < len(ready):
+                console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
+    # The longest first: what replicas do last, while others may have nothing left to do, is then short.
+    left = sorted(all_gather_object(left)[0], key=lambda entry: -estimated_cost(model, ready[entry]))
+    failures = Counter("failures")
+    with model_on_mesh(config, layout, model) as pipeline, progress_bar(console) as progress:
+        start, first = time.perf_counter(), is_first_rank(pipeline.mesh)
+        together = SharedProgress(progress, first, len(left), sum(ready[entry].steps or 1 for entry in left))
+        with wandb_of_list(config, layout, out, first and bool(left)) as wandb_run:
+            for item in take_turns(pipeline.mesh, len(left), Counter("next")):
+                entry = left[item]
+                try:
+                    make_entry(config, layout, pipeline, entry, ready[entry], out, wandb_run, together.on_step)
+                except InputError as error:
+                    if first:
+                        failures.add(1)
+                        Record(entry.line, entry.name, "failed", str(error), replica=pipeline.replica).append(out)
+                together.finished_one()
+        together.wait()
+        seconds = time.perf_counter() - start
+    failed = len(refused) + failures.add(0)
+    if failed:
+        report_failure(f"{failed} of {len(entries)} requests failed; {out / RESULTS} says why")
+    if is_first_rank():
+        console.print(f"{len(left)} requests in {seconds:.1f} s; {failed} of {len(entries)} failed: {out / RESULTS}")
+    return 1 if failed else 0
+
+
+def split_valid(model: VideoModel, layout: Layout, entries: list[Entry]) -> tuple[dict[Entry, Request], list[Record]]:
+    """The requests that can be done, with nothing left open, and a record of each that cannot."""
+    ready, refused = {}, []
+    for entry in entries:
+        try:
+            if entry.request is None:
+                raise InputError("line", entry.error or "")
+            ready[entry] = prepare_request(model, entry.request, layout)
+        except InputError as error:
+            refused.append(Record(entry.line, entry.name, "failed", entry.error or str(error)))
+    return ready, refused
+
+
+def estimated_cost(model: VideoModel, request: Request) -> int:
+    """How long a request takes, in no unit: tokens that go through the transformer."""
+    return math.prod(model.grid(request)) * (request.steps or 1) * len(request.branches)
+
+
+def begin_list(
+    out: Path, go_on: bool, config: Config, ready: dict[Entry, Request], refused: list[Record]
+) -> list[Entry]:
+    """Make the folder of a list, or put one right that is to be gone on with; returns what is to do."""
+    if not (go_on and out.is_dir()):
+        fresh(out)
+    remember("out", str(out))
+    left = resume(out, ready, config.of_model())
+    for record in refused:
+        record.append(out)
+    return left
+
+
+@contextlib.contextmanager
+def wandb_of_list(config: Config, layout: Layout, out: Path, wanted: bool) -> Iterator[Any]:
+    """A W&B run for the clips of a replica, those of a list in one group; or None."""
+    with agreed():  # the ranks that have none would wait for one that could not start its own
+        run = start_wandb(config, layout, out, group=out.name) if wanted else None
+    yield run
+    if run is not None:
+        run.finish()
+
+
+def make_entry(
+    config: Config,
+    layout: Layout,
+    pipeline: Pipeline,
+    entry: Entry,
+    request: Request,
+    out: Path,
+    wandb_run: Any,
+    on_step: Callable[[int], None],
+) -> None:
+    """Generate and write one clip of a list; every rank of a replica comes by here.
+
+    Raises:
+        InputError: on all of them, if it cannot be done.
+    """
+    first = is_first_rank(pipeline.mesh)
+    with contextlib.ExitStack() as stack:
+        folder = Path()
+        with agreed(pipeline.mesh):
+            if first:
+                folder = stack.enter_context(output_folder(out / entry.name))
+        video, metrics = generate(config, layout, pipeline, request, lambda stage: None, on_step)
+        with agreed(pipeline.mesh):
+            if first:
+                write(video, pipeline.model.fps, metrics, wandb_run, folder)
+                stack.close()
+    if first:
+        Record(entry.line, entry.name, "ok", seconds=metrics.seconds_total, replica=pipeline.replica).append(out)
+
+
+class SharedProgress:
+    """One bar for what all replicas do; they tell of it through counters, so that none waits for another."""
+
+    def __init__(self, progress: Progress, first: bool, requests: int, steps: int) -> None:
+        self.progress, self.first, self.requests = progress, first, requests
+        self.task = progress.add_task("", total=steps)
+        self.steps, self.done = Counter("steps"), Counter("done")
+        self._show(0)
+
+    def on_step(self, step: int) -> None:
+        if self.first:
+            self._show(self.steps.add(1))
+
+    def finished_one(self) -> None:
+        if self.first:
+            self.done.add(1)
+            self._show(self.steps.add(0))
+
+    def wait(self) -> None:
+        """Until every request has been done, or has failed; replicas may take much longer than any time-out."""
+        while self.done.add(0) < self.requests:
+            time.sleep(0.1)
+            self._show(self.steps.add(0))
+        self._show(self.steps.add(0))
+
+    def _show(self, steps: int) -> None:
+        description = f"{self.done.add(0)} of {self.requests} requests"
+        self.progress.update(self.task, completed=steps, description=description)

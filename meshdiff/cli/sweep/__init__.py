@@ -1,0 +1,1 @@
+"""Layouts timed side by side."""
