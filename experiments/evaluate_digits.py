@@ -7,7 +7,7 @@ never seen. What it reads right on clips of real digits is the yardstick.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +21,11 @@ from torch import Tensor
 
 from experiments.moving_digits import DIGIT_SIZE, Digits, load_split, render, trajectories
 from meshdiff.diffusion.guidance import classifier_free
-from meshdiff.diffusion.request import Request
 from meshdiff.diffusion.sampling import SOLVERS, flow_times, sample
 from meshdiff.models.digits import WEIGHTS, DigitsModel
 from meshdiff.models.digits_prompts import DIRECTIONS, Prompt, parse_prompt
 
-DEFAULT = Request()
+DEFAULT = DigitsModel.DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,8 @@ def moved_right(clips: Tensor, prompts: list[Prompt]) -> Tensor:
 @torch.no_grad()
 def generate(model: DigitsModel, texts: list[str], scale: float, steps: int, first_seed: int) -> Tensor:
     """Clips of many prompts at once, on this device; the noise of each is that of its own seed."""
-    requests = [Request(text, seed=first_seed + i, steps=steps, guidance_scale=scale) for i, text in enumerate(texts)]
+    base = replace(DEFAULT, steps=steps, guidance_scale=scale)
+    requests = [replace(base, prompt=text, seed=first_seed + i) for i, text in enumerate(texts)]
     words = torch.tensor([parse_prompt(branch).words() for r in requests for branch in r.branches])
     context = model.transformer.encode_text(words)
     rope = model.rope(requests[0])

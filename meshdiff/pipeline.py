@@ -143,7 +143,8 @@ class Pipeline:
             def denoise(tokens: Tensor, context: Tensor) -> Tensor:
                 return self.model.transformers[expert](tokens, now, context, rope)
 
-            guide = combine or classifier_free(request.guidance_scales[expert])
+            scale = request.guidance_scales[min(expert, len(request.guidance_scales) - 1)]
+            guide = combine or classifier_free(scale)
             return guide(run_branches(denoise, x, context(expert), len(branches)))
 
         begin("sampling")

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,13 @@ def measure(config: Config, layout: Layout, scale: float) -> dict[str, Any]:
     mesh = init_mesh(layout, "cpu")
     model = RandomModel(RandomShape(dim=config.dim, depth=config.depth, heads=config.heads))
     pipeline = Pipeline(model, mesh)
-    request = Request(
-        frames=config.frames, height=config.size, width=config.size, steps=config.steps, guidance_scale=scale
+    request = replace(
+        model.DEFAULTS,
+        frames=config.frames,
+        height=config.size,
+        width=config.size,
+        steps=config.steps,
+        guidance_scale=scale,
     )
     with CommsCounter(mesh) as comms:
         median_step(pipeline, request)

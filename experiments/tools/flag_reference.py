@@ -9,19 +9,12 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from typing import Any
 
 from meshdiff.cli.config import Config
+from meshdiff.cli.registry import MODELS
 from meshdiff.diffusion.request import Request
-from meshdiff.integrations.diffusers_model import DiffusersRequest
-from meshdiff.models import RandomShape, WanRequest
-
-TITLES = {
-    Config: "The run",
-    RandomShape: "The model, with --model random",
-    Request: "The clip",
-    WanRequest: "The clip, with --model wan",
-    DiffusersRequest: "The clip, or image, with --model diffusers",
-}
+from meshdiff.models import RandomShape
 
 
 def explanations(config: type) -> dict[str, str]:
@@ -36,21 +29,32 @@ def explanations(config: type) -> dict[str, str]:
     return found
 
 
+def rows(config: type, defaults: dict[str, list[Any]] | None = None) -> list[str]:
+    """A line of a table for each field; with the defaults of several models, where they are given."""
+    texts, lines = explanations(config), []
+    for field in dataclasses.fields(config):
+        if field.name in texts and field.name not in ("request", "options"):  # they have tables of their own
+            values = [field.default] if defaults is None else defaults[field.name]
+            columns = " | ".join("" if value in (None, "", dataclasses.MISSING) else f"`{value}`" for value in values)
+            text = texts[field.name].replace("|", "\\|")
+            lines.append(f"| `--{field.name.replace('_', '-')}` | {columns} | {text} |")
+    return lines
+
+
 def reference() -> str:
     """A table for each class of flags."""
-    lines = [
-        "# Flags of experiments/run.py and meshdiff run",
-        "",
-        "Written by `experiments/tools/flag_reference.py` from the code.",
-    ]
-    for config, title in TITLES.items():
-        lines += ["", f"## {title}", "", "| flag | default | |", "|---|---|---|"]
-        texts = explanations(config)
-        for field in dataclasses.fields(config):
-            if field.name in texts:  # the request has a table of its own
-                default = "" if field.default in (None, "") else f"`{field.default}`"
-                text = texts[field.name].replace("|", "\\|")
-                lines.append(f"| `--{field.name.replace('_', '-')}` | {default} | {text} |")
+    lines = ["# Flags of experiments/run.py and meshdiff run", "", "Written by `experiments/tools/flag_reference.py`."]
+    lines += ["", "## The run", "", "| flag | default | |", "|---|---|---|", *rows(Config)]
+    lines += ["", "## The model, with --model random", "", "| flag | default | |", "|---|---|---|", *rows(RandomShape)]
+    requests = {name: entry.defaults() for name, entry in MODELS.items() if name != "random"}
+    names = [field.name for field in dataclasses.fields(Request)]
+    defaults = {name: [getattr(request, name) for request in requests.values()] for name in names}
+    lines += ["", "## The clip", "", "Defaults are those of the model; what is empty is chosen by the model, or empty."]
+    lines += ["", f"| flag | {' | '.join(requests)} | |", f"|{'---|' * (len(requests) + 2)}", *rows(Request, defaults)]
+    for name, request in requests.items():
+        if dataclasses.fields(request.options):
+            title = f"## The clip, with --model {name} only"
+            lines += ["", title, "", "| flag | default | |", "|---|---|---|", *rows(type(request.options))]
     return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from experiments.tiny_models.pipelines import PIPELINES
 from experiments.tools.pages import check_page, put_part
 from meshdiff.autoshard.numerics import difference
-from meshdiff.cli.config import integration
+from meshdiff.cli.registry import import_diffusers
+from meshdiff.diffusion.request import Request
 from meshdiff.distributed.consensus import all_gather_object, is_first_rank
 from meshdiff.distributed.launch import end_process, start_ranks
 from meshdiff.distributed.mesh import Layout, init_distributed, init_mesh
@@ -203,7 +204,7 @@ def on_ranks(config: Config) -> None:
     if layout.world_size > 1:
         init_distributed(timedelta(seconds=SECONDS))
     torch.set_num_threads(1)
-    integration()
+    import_diffusers()
     mesh = init_mesh(layout, "cpu")
     for case in json.loads(config.cases.read_text(encoding="utf-8")):
         found = attempt(Case(**case), layout, mesh, config.start)
@@ -215,7 +216,7 @@ def attempt(case: Case, layout: Layout, mesh: DeviceMesh, start: int) -> dict[st
     """One case: its clip, the same after another one, and whether a global generator counts, which one rank tells."""
     try:
         model = pipelines.DiffusersModel(case.folder)
-        request = pipelines.DiffusersRequest(**REQUEST, **REQUESTS[case.pipeline])
+        request = Request(**REQUEST, **REQUESTS[case.pipeline])
         request = prepare_request(model, replace(request, steps=STEPS), layout)
         run = model.run(mesh, torch.float32, pipelines.AUTO)
         clip = made(run, request)
@@ -234,7 +235,7 @@ def attempt(case: Case, layout: Layout, mesh: DeviceMesh, start: int) -> dict[st
     return {**found, "apart": max(difference(other, clip) for other in clips)}
 
 
-def made(run: pipelines.DiffusersRun, request: pipelines.DiffusersRequest) -> Tensor:
+def made(run: pipelines.DiffusersRun, request: Request) -> Tensor:
     """A clip, with all global generators in states of their own on every rank, as if each had done other things."""
     torch.seed()
     random.seed()

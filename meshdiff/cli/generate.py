@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -46,19 +45,7 @@ def model_on_mesh(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
     with simulate(layout.world_size) if config.simulate else contextlib.nullcontext():
         with agreed():
             mesh = init_mesh(layout, config.device_type)
-            if config.model == "diffusers":
-                capture = torch.compile if config.compile else config.capture
-                pipeline = model.run(mesh, config.torch_dtype, config.strategy, capture)
-            else:
-                pipeline = Pipeline(
-                    model,
-                    mesh,
-                    dtype=config.torch_dtype,
-                    compile=config.compile,
-                    shard_weights=config.shard_weights,
-                    offload=config.low_memory >= 3,
-                    strategy=config.strategy,
-                )
+            pipeline = config.entry.run(config, model, mesh)
         yield pipeline
 
 
@@ -78,11 +65,8 @@ def generate(
 
     with CommsCounter(pipeline.mesh) as comms:
         video = pipeline.generate(request, on_step=step, on_stage=stage)
-    described = config.described()
-    if config.model == "diffusers":
-        request = pipeline.done(request, video)
-        described["captured"] = pipeline.parallel.captured()
-    metrics = collect(pipeline, request, layout, timer, memory, comms, described)
+    request, captured = config.entry.made(pipeline, request, video)
+    metrics = collect(pipeline, request, layout, timer, memory, comms, {**config.of_run(), "captured": captured})
     if not video.isfinite().all():
         raise InputError(
             f"--dtype {metrics.dtype}",
@@ -186,7 +170,7 @@ def output_of_run(config: Config, layout: Layout) -> tuple[Path, Literal["nothin
     return all_gather_object((out, before))[0]
 
 
-def make_clip(config: Config, layout: Layout) -> None:
+def make_clip(config: Config, layout: Layout, model: Any) -> None:
     """Generate and write one clip; every rank comes by here, rank 0 alone talks and writes."""
     console = Console()
     out, before = output_of_run(config, layout)
@@ -196,7 +180,6 @@ def make_clip(config: Config, layout: Layout) -> None:
         return
     with contextlib.ExitStack() as stack:
         with agreed():
-            model = config.open_model()
             check_strategy(model, layout, config.strategy)
             request = prepare_request(model, config.request, layout)
         folder, wandb_run = Path(), None
@@ -228,12 +211,11 @@ def make_clip(config: Config, layout: Layout) -> None:
         console.print(summary(metrics, out))
 
 
-def make_clips(config: Config, layout: Layout, entries: list[Entry]) -> int:
+def make_clips(config: Config, layout: Layout, model: Any, entries: list[Entry]) -> int:
     """Do a list, each replica a request at a time; returns 1 if some of them failed, else 0."""
     console = Console()
     out, before = output_of_run(config, layout)
     with agreed():
-        model = config.open_model()
         check_strategy(model, layout, config.strategy)
         ready, refused = split_valid(model, layout, entries)
         left: list[Entry] = []

@@ -110,8 +110,8 @@ class RunMetrics:
     height: int
     width: int
     steps: int | None
+    """None, as for guidance_scale: as the pipeline of diffusers has it."""
     guidance_scale: float | None
-    """None, as for steps: as the pipeline of diffusers has it."""
     solver: str
     shift: float | None
     strategy: str
@@ -136,10 +136,8 @@ class RunMetrics:
     """By mesh dim and collective: calls, and bytes one rank sent to others (of the rank that sent most)."""
     device: str
     threads_per_rank: int
-    guidance_scale_2: float | None = None
-    """Of Wan2.2's second expert."""
-    true_cfg_scale: float | None = None
-    """Of pipelines of diffusers that have it."""
+    options: dict[str, object]
+    """Those of the request that other models do not have."""
     torch_version: str = torch.__version__
     meshdiff_version: str = field(default_factory=lambda: meshdiff.__version__)
 

@@ -86,7 +86,7 @@ def read_requests(text: str, base: Request) -> list[Entry]:
 
     Args:
         text: the list.
-        base: the request that lines change; its class says which fields there are.
+        base: the request that lines change; its class, and that of its options, say which fields there are.
     """
     entries: list[Entry] = []
     taken: dict[str, int] = {}
@@ -114,14 +114,16 @@ def _read(line: str, base: Request, number: str) -> tuple[str, Request]:
     except (ValueError, RecursionError) as error:
         raise InputError("line", f"starts as a JSON object but is none ({error})") from error
     name = given.pop("name", None)
-    hints = typing.get_type_hints(type(base))
-    fields = [field.name for field in dataclasses.fields(base)]
+    options = [field.name for field in dataclasses.fields(base.options)]
+    fields = [*(field.name for field in dataclasses.fields(base) if field.name != "options"), *options]
+    hints = typing.get_type_hints(type(base)) | typing.get_type_hints(type(base.options))
     for key, value in given.items():
         if key not in fields:
             raise InputError("line", f"unknown field {key!r}; known: {', '.join(['name', *fields])}")
         if not _accepts(hints[key], value):
             raise InputError(key, f"{value!r} given, needs {_described(hints[key])}")
-    request = replace(base, **given)
+    of_model = {key: given.pop(key) for key in options if key in given}
+    request = replace(base, **given, options=replace(base.options, **of_model))
     return (f"{number}-{_slug(request.prompt)}" if name is None else _checked_name(name)), request
 
 

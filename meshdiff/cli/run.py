@@ -13,11 +13,11 @@ import torch
 import tyro
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from meshdiff.cli.config import LARGE, Config, integration
+from meshdiff.cli.config import Config
 from meshdiff.cli.generate import make_clip, make_clips
 from meshdiff.cli.prompt_list import list_for_ranks, read_list
+from meshdiff.cli.registry import MODELS, ModelEntry
 from meshdiff.cli.request_list import read_requests
-from meshdiff.diffusion.request import Request
 from meshdiff.distributed.consensus import agreed, check_same, is_first_rank
 from meshdiff.distributed.failures import ended_by, ended_by_signal
 from meshdiff.distributed.heartbeat import Heartbeats
@@ -25,7 +25,6 @@ from meshdiff.distributed.launch import end_with_launcher, start_ranks
 from meshdiff.distributed.mesh import check_gpus, torchrun_command
 from meshdiff.distributed.world import init_distributed, launched_world_size
 from meshdiff.errors import InputError
-from meshdiff.models import WanRequest
 from meshdiff.pipeline import check_strategy, prepare_request
 
 COMMAND = ("-P", "-m", "meshdiff", "run")
@@ -47,11 +46,14 @@ def parse(arguments: list[str]) -> Config:
 
 
 def _defaults(arguments: list[str]) -> Config:
-    """Each model has its own idea of a clip, which the help is to show."""
-    model = peek("--model", arguments)
-    if model == "diffusers":
-        return Config(request=integration().DiffusersRequest())
-    return Config(request=WanRequest() if model == "wan" else Request())
+    """Those of the model that is named, which the help is to show."""
+    entry = _peek_entry(arguments)
+    return Config() if entry is None else Config(request=entry.defaults())
+
+
+def _peek_entry(arguments: list[str]) -> ModelEntry | None:
+    """The model that is named, or None if there is no such model."""
+    return {str(name): entry for name, entry in MODELS.items()}.get(peek("--model", arguments) or Config.model)
 
 
 def peek(flag: str, arguments: list[str]) -> str | None:
@@ -64,7 +66,8 @@ def peek(flag: str, arguments: list[str]) -> str | None:
 def timeout(arguments: list[str]) -> timedelta:
     """How long to wait for other ranks, with which the flags are yet to be agreed on."""
     given = peek("--timeout", arguments) or ""
-    slow = torch.cuda.is_available() or peek("--model", arguments) in LARGE
+    entry = _peek_entry(arguments)
+    slow = torch.cuda.is_available() or (entry is not None and entry.checkpoint is not None)
     return timedelta(seconds=int(given) if given.isdecimal() and int(given) else 600 if slow else 60)
 
 
@@ -99,11 +102,13 @@ def main(arguments: list[str]) -> int:
             text = None if config.prompts is None else read_list(config, is_first_rank())
             entries = None if text is None else read_requests(text, config.request)
             requests = 1 if entries is None else max(1, sum(entry.request is not None for entry in entries))
-            layout = config.layout(world, requests)
-            if config.simulate and layout.dp > 1:
-                raise InputError("--dp", "replicas do different things, which one process cannot play; leave out --dp")
-        if world == 1 and layout.world_size > 1 and not config.simulate:
             model = config.open_model()
+            layout = config.layout(model, world, requests)
+            if config.simulate and layout.dp > 1:
+                raise InputError(
+                    "--dp", "one process cannot simulate replicas, which do different things; leave it out"
+                )
+        if world == 1 and layout.world_size > 1 and not config.simulate:
             check_strategy(model, layout, config.strategy)
             if entries is None:
                 prepare_request(model, config.request, layout)
@@ -115,9 +120,9 @@ def main(arguments: list[str]) -> int:
             with list_for_ranks(config, text) as changed:
                 return start_ranks(layout.world_size, [*COMMAND, *arguments, *changed])
         if entries is None:
-            make_clip(config, layout)
+            make_clip(config, layout, model)
         else:
-            return make_clips(config, layout, entries)
+            return make_clips(config, layout, model, entries)
     except Exception as error:
         failed = True
         code = ended_by(error, heartbeats)

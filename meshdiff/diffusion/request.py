@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import unicodedata
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from meshdiff.errors import InputError
 
-__all__ = ["Request"]
+__all__ = ["Options", "Request"]
 
 
 MOST_STEPS = 100_000
 
+OptionsT = TypeVar("OptionsT", bound="Options")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a request that one model has and others have not; this one has none."""
+
+    @property
+    def more_scales(self) -> tuple[float, ...]:
+        """Guidance scales beside `Request.guidance_scale`."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to generate; the defaults are those of the embedded model."""
+    """One clip to generate. What is None is as the model has it: its `prepare` fills it in.
 
-    prompt: str = "a 7 moving left"
-    """What the clip shows: a digit or its name, a direction, and if you like a speed
-    (slowly, steadily, quickly)."""
+    Raises:
+        InputError: if a value cannot be that of any model.
+    """
+
+    prompt: str
+    """What the clip shows. digits: a digit or its name, a direction, and if you like a speed (slowly, steadily,
+    quickly)."""
     negative_prompt: str = ""
     """What guidance leads away from; empty for "anything"."""
-    frames: int = 16
-    """Frames of the clip."""
-    height: int = 32
-    """Height in pixels."""
-    width: int = 32
-    """Width in pixels."""
-    steps: int = 20
+    frames: int | None = None
+    """Frames of the clip. wan: 4 n + 1 of them."""
+    height: int | None = None
+    """Height in pixels. wan: a multiple of 16."""
+    width: int | None = None
+    """Width in pixels. wan: a multiple of 16."""
+    steps: int | None = None
     """Sampling steps: model evaluations for each guidance branch."""
-    guidance_scale: float = 4.0
+    guidance_scale: float | None = None
     """How strongly to follow the prompt; 1 turns guidance off and halves the work."""
     seed: int = 0
-    """Seed of the initial noise; the same seed gives the same clip on every layout."""
-    solver: Literal["euler", "ab2"] = "ab2"
-    """Integrator of the flow: first order (euler) or second order at the same cost (ab2)."""
-    shift: float | None = 3.0
-    """Time shift: above 1, more of the steps are spent on the noisy part."""
+    """Seed of the initial noise, and of what a scheduler of diffusers draws; the same seed gives the same clip on every
+    layout."""
+    solver: str | None = None
+    """Integrator of the flow: first order (euler), second order at the same cost (ab2). wan: also diffusers' UniPC,
+    which Wan ships (unipc). diffusers: the scheduler of the pipeline, not to be given."""
+    shift: float | None = None
+    """Time shift: above 1, more of the steps are spent on the noisy part. wan: by default 3 up to 480p and 5 above.
+    diffusers: the scheduler's own, not to be given."""
+    options: Options = field(default_factory=Options)
+    """Those that one model has and others have not."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -60,7 +82,7 @@ class Request:
             raise InputError("--steps", f"{self.steps} given, needs {MOST_STEPS} at most")
         for name in ("frames", "height", "width", "steps"):
             size = getattr(self, name)
-            if size is not None and size < 1:  # None: a model of its own sizes chooses
+            if size is not None and size < 1:
                 raise InputError(f"--{name}", f"{size} given, needs at least 1")
         for scale in self.guidance_scales:
             if not math.isfinite(scale):
@@ -70,10 +92,36 @@ class Request:
         if not 0 <= self.seed < 2**63:
             raise InputError("--seed", f"{self.seed} given, needs to be from 0 to 2**63 - 1")
 
+    def filled(self, defaults: Request) -> Request:
+        """This request with the values of `defaults` where it has None."""
+        left_open = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None]
+        return dataclasses.replace(self, **{name: getattr(defaults, name) for name in left_open})
+
+    def options_of(self, kind: type[OptionsT]) -> OptionsT:
+        """The options, of a model whose options are of that class; their defaults if none were given.
+
+        Raises:
+            TypeError: if they are those of another model.
+        """
+        if isinstance(self.options, kind):
+            return self.options
+        if type(self.options) is not Options:
+            raise TypeError(f"this model takes {kind.__name__}, not {type(self.options).__name__}")
+        return kind()
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width of a request that leaves none of them open."""
+        assert self.frames is not None
+        assert self.height is not None
+        assert self.width is not None
+        return self.frames, self.height, self.width
+
     @property
     def guidance_scales(self) -> tuple[float, ...]:
-        """The scale for each of the model's experts, of which most models have one."""
-        return (self.guidance_scale,)
+        """The scales that are given: one for each of the model's experts, or one for all."""
+        first = () if self.guidance_scale is None else (self.guidance_scale,)
+        return first + self.options.more_scales
 
     @property
     def branches(self) -> list[str]:

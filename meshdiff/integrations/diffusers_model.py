@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -28,13 +28,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.strategy import AUTO
 from meshdiff.autoshard import Backend
-from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.request import Options, Request
 from meshdiff.diffusion.seeding import seeded
 from meshdiff.distributed.mesh import DP, replica
 from meshdiff.errors import InputError
 from meshdiff.integrations.diffusers import parallelize
 
-__all__ = ["DiffusersModel", "DiffusersRequest", "DiffusersRun"]
+__all__ = ["DiffusersModel", "DiffusersRun", "PipelineOptions"]
 
 INDEX = "model_index.json"
 
@@ -43,43 +43,23 @@ REPLICATED = (
     "makes it"
 )
 
-NUMBERS = ("frames", "height", "width", "steps", "guidance_scale", "true_cfg_scale")
-"""Options of a request that a pipeline may have."""
-
 NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
 """What pipelines call an option that has another name here."""
 
+SCHEDULER = "pipeline"
+"""The solver of every request: the scheduler that the pipeline has."""
+
 
 @dataclass(frozen=True)
-class DiffusersRequest(Request):
-    """One clip, or image, to generate; what is left out is as the pipeline has it."""
+class PipelineOptions(Options):
+    """Options of requests for pipelines of diffusers."""
 
-    # A pipeline has its own idea of all of these, which a type checker does not allow a subclass.
-    prompt: str = "A cat walking on grass."
-    """What the clip or image shows."""
-    # None where other models have a number, which a type checker does not allow a subclass.
-    frames: int | None = None  # type: ignore[assignment]
-    """Frames of the clip; the pipeline's default if left out."""
-    height: int | None = None  # type: ignore[assignment]
-    """Height in pixels; the pipeline's default if left out."""
-    width: int | None = None  # type: ignore[assignment]
-    """Width in pixels; the pipeline's default if left out."""
-    steps: int | None = None  # type: ignore[assignment]
-    """Sampling steps; the pipeline's default if left out."""
-    guidance_scale: float | None = None  # type: ignore[assignment]
-    """How strongly to follow the prompt; the pipeline's default if left out."""
     true_cfg_scale: float | None = None
-    """The same, of pipelines that have guidance beside a guidance scale that is trained in (FLUX, Qwen-Image)."""
-    seed: int = 0
-    """Seed of the initial noise and of what the scheduler draws; the same seed gives the same clip on every layout."""
-    solver: Literal["pipeline"] = "pipeline"  # type: ignore[assignment]
-    """The scheduler of the pipeline."""
-    shift: float | None = None
-    """Is the scheduler's own; not to be given."""
+    """The guidance scale of pipelines that have guidance beside one that is trained in (FLUX, Qwen-Image)."""
 
     @property
-    def guidance_scales(self) -> tuple[float, ...]:
-        return tuple(scale for scale in (self.guidance_scale, self.true_cfg_scale) if scale is not None)
+    def more_scales(self) -> tuple[float, ...]:
+        return () if self.true_cfg_scale is None else (self.true_cfg_scale,)
 
 
 class DiffusersModel:
@@ -92,6 +72,8 @@ class DiffusersModel:
         InputError: if it is none, or takes no prompt.
     """
 
+    DEFAULTS = Request("A cat walking on grass.", options=PipelineOptions())
+    """What is open in it is as the pipeline has it."""
     transformers: Sequence[nn.Module] = ()
     fps = 16
 
@@ -138,42 +120,42 @@ class DiffusersModel:
             f"{diffusers.__version__}: download the folder again, or name another",
         )
 
-    def branches(self, request: DiffusersRequest) -> int:
+    def branches(self, request: Request) -> int:
         """How many branches of guidance a step has."""
         name = self.guided_by
-        scale = getattr(request, name)
+        scale = _numbers(request)[name]
         scale = self.options.get(name) if scale is None else scale
         wanted = name == "guidance_scale" or bool(request.negative_prompt)
         return 2 if wanted and scale is not None and scale > 1 else 1
 
     def prepare(self, request: Request) -> Request:
-        if not isinstance(request, DiffusersRequest):
-            raise TypeError(f"DiffusersModel takes a DiffusersRequest, not a {type(request).__name__}")
-        for name in NUMBERS:
-            if getattr(request, name) is not None and NAMES.get(name, name) not in self.options:
+        request = replace(request, options=request.options_of(PipelineOptions))
+        for name, value in _numbers(request).items():
+            if value is not None and NAMES.get(name, name) not in self.options:
                 raise InputError(_flag(name), f"is no option of a {self.kind}; leave it out")
         if request.negative_prompt and "negative_prompt" not in self.options:
             raise InputError("--negative-prompt", f"is no option of a {self.kind}; leave it out")
-        if request.shift is not None:
-            raise InputError("--shift", "is the pipeline's own; leave it out")
-        return replace(request, steps=request.steps or self.options.get(NAMES["steps"]))
+        for flag, given in (("--shift", request.shift), ("--solver", request.solver)):
+            if given is not None and given != SCHEDULER:
+                raise InputError(flag, "is the pipeline's own; leave it out")
+        return replace(request, steps=request.steps or self.options.get(NAMES["steps"]), solver=SCHEDULER)
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """At least as many tokens as the pipeline makes of it: sizes are its own affair."""
         frames, height, width = (getattr(request, name) or 256 for name in ("frames", "height", "width"))
         return frames, height, width
 
-    def arguments(self, request: DiffusersRequest) -> dict[str, Any]:
+    def arguments(self, request: Request) -> dict[str, Any]:
         """What the request says, in the pipeline's words."""
-        given = {name: getattr(request, name) for name in ("prompt", "negative_prompt", *NUMBERS)}
+        given = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **_numbers(request)}
         return {NAMES.get(name, name): value for name, value in given.items() if value not in (None, "")}
 
-    def refusal(self, request: DiffusersRequest, error: ValueError) -> InputError:
+    def refusal(self, request: Request, error: ValueError) -> InputError:
         """What the pipeline says against a request, with the flags where it names its options."""
         words, named = " ".join(str(error).split()), []
-        for name in NUMBERS:
+        for name, value in _numbers(request).items():
             words, found = re.subn(rf"`?\b{NAMES.get(name, name)}\b`?", _flag(name), words, flags=re.IGNORECASE)
-            if found and getattr(request, name) is not None:
+            if found and value is not None:
                 named.append(_flag(name))
         return InputError(", ".join(named) or "--model diffusers", f"a {self.kind} refuses it: {words}")
 
@@ -244,7 +226,6 @@ class DiffusersRun:
         Raises:
             InputError: if the pipeline refuses the request, in its words.
         """
-        assert isinstance(request, DiffusersRequest)
         arguments = self.model.arguments(request)
         if on_stage is not None:
             on_stage("sampling")
@@ -275,6 +256,12 @@ class DiffusersRun:
         """The request with the sizes that the pipeline chose."""
         frames, _, height, width = clip.shape
         return replace(request, frames=frames, height=height, width=width)
+
+
+def _numbers(request: Request) -> dict[str, int | float | None]:
+    """Options of a request that a pipeline may have; None where they are left to it."""
+    names = ("frames", "height", "width", "steps", "guidance_scale")
+    return {**{name: getattr(request, name) for name in names}, **vars(request.options_of(PipelineOptions))}
 
 
 def _flag(name: str) -> str:

@@ -13,9 +13,9 @@ from meshdiff.diffusion.request import Request
 from meshdiff.diffusion.sampling import Solver
 from meshdiff.models.digits import DigitsModel
 from meshdiff.models.random_weights import RandomModel, RandomShape
-from meshdiff.models.wan_model import WanModel, WanRequest
+from meshdiff.models.wan_model import WanModel, WanOptions
 
-__all__ = ["DigitsModel", "RandomModel", "RandomShape", "Transformer", "VideoModel", "WanModel", "WanRequest"]
+__all__ = ["DigitsModel", "RandomModel", "RandomShape", "Transformer", "VideoModel", "WanModel", "WanOptions"]
 
 
 class Transformer(Protocol):
@@ -41,6 +41,8 @@ class VideoModel(Protocol):
     """What the transformers call the time 1."""
     fps: int
     """Frames a second, as it was trained."""
+    DEFAULTS: Request
+    """What a request that leaves something open gets."""
 
     def fill(self, expert: int, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
         """Give the parameters of those names of a transformer their values, on the device, for computing in `dtype`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.request import Options, Request
 from meshdiff.diffusion.sampling import SOLVERS, Solver, flow_times
 from meshdiff.distributed.mesh import place
 from meshdiff.distributed.placements import REPLICATED
@@ -33,6 +33,10 @@ class DigitsModel:
         transformer: a `VideoDiT` whose vocabulary is that of `models.prompts`.
     """
 
+    DEFAULTS = Request(
+        "a 7 moving left", frames=16, height=32, width=32, steps=20, guidance_scale=4.0, solver="ab2", shift=3.0
+    )
+    """A request that leaves nothing open."""
     SIZES: ClassVar = {"frames": (8, 24), "height": (32, 48), "width": (32, 48)}
     """Smallest and largest size at which digits stay digits."""
     MOST_TOKENS = 288
@@ -67,11 +71,14 @@ class DigitsModel:
         return 0
 
     def schedule(self, request: Request) -> tuple[list[float], Solver]:
+        assert request.steps is not None
+        assert request.shift is not None
+        assert request.solver is not None
         return flow_times(request.steps, request.shift), SOLVERS[request.solver]()
 
     def prepare(self, request: Request) -> Request:
-        """The request itself; raises `InputError` for a prompt or a size that the model cannot do."""
-        self.check_prompts(request)
+        """The request with nothing left open; raises `InputError` for a prompt or a size that the model cannot do."""
+        request = self.check(request)
         for (name, (smallest, largest)), patch in zip(self.SIZES.items(), self.config.patch, strict=True):
             size = getattr(request, name)
             if size % patch or not smallest <= size <= largest:
@@ -79,23 +86,28 @@ class DigitsModel:
                 raise InputError(f"--{name}", f"{size} given; this model makes {fits}")
         _, rows, columns = self.grid(request)
         frames = self.MOST_TOKENS // (rows * columns) * self.config.patch[0]
-        if request.frames > frames:
-            canvas = f"{request.height} x {request.width}"
-            raise InputError(
-                "--frames", f"{request.frames} given; on a canvas of {canvas} this model makes {frames} at most"
-            )
+        given, height, width = request.size
+        if given > frames:
+            canvas = f"{height} x {width}"
+            raise InputError("--frames", f"{given} given; on a canvas of {canvas} this model makes {frames} at most")
         return request
 
-    def check_prompts(self, request: Request) -> None:
-        """Raise `InputError` for a prompt that says nothing, or that has unknown words."""
+    def check(self, request: Request) -> Request:
+        """The request with nothing left open; raises `InputError` for unknown words or solvers."""
+        request = request.filled(self.DEFAULTS)
+        request.options_of(Options)
+        if request.solver not in SOLVERS:
+            raise InputError("--solver", f"{request.solver!r} given; this model has {', '.join(SOLVERS)}")
         if parse_prompt(request.prompt) == Prompt():
             raise InputError("--prompt", f"{request.prompt!r} names neither a digit nor a direction nor a speed")
         parse_prompt(request.negative_prompt, "--negative-prompt")
+        return request
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """Tokens of the clip along (frames, rows, columns)."""
         t, h, w = self.config.patch
-        return request.frames // t, request.height // h, request.width // w
+        frames, height, width = request.size
+        return frames // t, height // h, width // w
 
     def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
         """The numbers of each prompt's words, int64 `[len(prompts), TEXT_LENGTH]`."""
@@ -105,7 +117,7 @@ class DigitsModel:
     def noise(self, request: Request) -> Tensor:
         """Initial tokens `[1, seq, patch_dim]` float32, drawn on the CPU so that they depend on the seed alone."""
         generator = torch.Generator().manual_seed(request.seed)
-        shape = (1, self.config.channels, request.frames, request.height, request.width)
+        shape = (1, self.config.channels, *request.size)
         return patchify(torch.randn(shape, generator=generator), self.config.patch)
 
     def rope(self, request: Request) -> tuple[Tensor, Tensor]:

@@ -51,8 +51,8 @@ class RandomModel(DigitsModel):
             super().__init__(VideoDiT(config).eval().requires_grad_(False))
 
     def prepare(self, request: Request) -> Request:
-        """The request itself; raises `InputError` for a prompt that says nothing or a size that is no whole patches."""
-        self.check_prompts(request)
+        """The request with nothing left open; raises `InputError` for sizes that are no multiples of a patch."""
+        request = self.check(request)
         for name, patch in zip(self.SIZES, self.config.patch, strict=True):
             if getattr(request, name) % patch:
                 raise InputError(f"--{name}", f"{getattr(request, name)} given, needs a multiple of {patch}")

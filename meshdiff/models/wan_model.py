@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff.diffusion.request import Request
+from meshdiff.diffusion.request import Options, Request
 from meshdiff.diffusion.sampling import SOLVERS, Solver, flow_times
 from meshdiff.distributed.consensus import agreed, is_first_rank
 from meshdiff.distributed.mesh import from_first_rank, on_mesh
@@ -35,7 +35,7 @@ from meshdiff.models.vae_tiling import check_tile, decode
 from meshdiff.models.wan import WanTransformer, patchify, unpatchify
 from meshdiff.models.wan_checkpoint import WanCheckpoint, open_checkpoint
 
-__all__ = ["WanModel", "WanRequest"]
+__all__ = ["WanModel", "WanOptions"]
 
 TEXT_LENGTH = 512
 """Tokens of a prompt that the transformer sees; shorter prompts are filled up with zeros."""
@@ -45,32 +45,15 @@ SMALL = 480 * 832
 
 
 @dataclass(frozen=True)
-class WanRequest(Request):
-    """One clip to generate with Wan; the defaults are those of Wan2.1 in diffusers."""
+class WanOptions(Options):
+    """Options of requests for Wan."""
 
-    prompt: str = "A cat walking on grass."
-    """What the clip shows."""
-    frames: int = 81
-    """Frames of the clip, 4 n + 1 of them."""
-    height: int = 480
-    """Height in pixels; a multiple of 16."""
-    width: int = 832
-    """Width in pixels; a multiple of 16."""
-    steps: int = 50
-    """Sampling steps: model evaluations for each guidance branch."""
-    guidance_scale: float = 5.0
-    """How strongly to follow the prompt; 1 turns guidance off and halves the work."""
     guidance_scale_2: float | None = None
     """Wan2.2: the scale for the second expert, which has the steps of little noise; by default the first's."""
-    # One solver more than other models have, which a type checker does not allow a subclass.
-    solver: Literal["unipc", "euler", "ab2"] = "unipc"  # type: ignore[assignment]
-    """Integrator of the flow: diffusers' UniPC, which Wan ships, first order (euler), or second (ab2)."""
-    shift: float | None = None
-    """Time shift: above 1, more of the steps are spent on the noisy part. By default 3 up to 480p and 5 above."""
 
     @property
-    def guidance_scales(self) -> tuple[float, ...]:
-        return self.guidance_scale, self.guidance_scale if self.guidance_scale_2 is None else self.guidance_scale_2
+    def more_scales(self) -> tuple[float, ...]:
+        return () if self.guidance_scale_2 is None else (self.guidance_scale_2,)
 
 
 class WanModel:
@@ -85,6 +68,17 @@ class WanModel:
         tiles_on_host: decoded tiles are put together in host memory.
     """
 
+    DEFAULTS = Request(
+        "A cat walking on grass.",
+        frames=81,
+        height=480,
+        width=832,
+        steps=50,
+        guidance_scale=5.0,
+        solver="unipc",
+        options=WanOptions(),
+    )
+    """A request that leaves nothing open but the time shift, which depends on the size; as diffusers has Wan2.1."""
     time_unit = 1000.0
     fps = 16
 
@@ -121,9 +115,9 @@ class WanModel:
         return 0 if time >= self.checkpoint.boundary else len(self.transformers) - 1
 
     def prepare(self, request: Request) -> Request:
-        if not isinstance(request, WanRequest):
-            raise TypeError(f"WanModel takes a WanRequest, not a {type(request).__name__}")
-        if len(self.transformers) == 1 and request.guidance_scale_2 is not None:
+        options = request.options_of(WanOptions)
+        request = replace(request.filled(self.DEFAULTS), options=options)
+        if len(self.transformers) == 1 and options.guidance_scale_2 is not None:
             raise InputError("--guidance-scale-2", "this checkpoint has one transformer; Wan2.2's have two")
         # The first latent frame is one frame, each other covers as many as the stride says.
         offsets = (self._units[0] - self.checkpoint.strides[0] + 1, 0, 0)
@@ -135,9 +129,12 @@ class WanModel:
                 rule = f"{unit} n + {offset}" if offset else f"multiples of {unit}"
                 raise InputError(f"--{name}", f"{size} given; this model makes {rule}, for instance {near}")
         check_tile(self.checkpoint.strides[1], self.tile, self._overlap)
-        if request.solver not in SOLVERS:
+        if request.solver == "unipc":
             UniPC(self.checkpoint, 1, 1.0)  # settings that it refuses are better refused now
-        shift = request.shift or (3.0 if request.height * request.width <= SMALL else 5.0)
+        elif request.solver not in SOLVERS:
+            raise InputError("--solver", f"{request.solver!r} given; this model has unipc, {', '.join(SOLVERS)}")
+        _, height, width = request.size
+        shift = request.shift or (3.0 if height * width <= SMALL else 5.0)
         return replace(request, shift=shift)
 
     @property
@@ -152,8 +149,8 @@ class WanModel:
 
     def _latents(self, request: Request) -> tuple[int, int, int]:
         """Latent frames, rows and columns."""
-        frames, rows, columns = self.checkpoint.strides
-        return (request.frames - 1) // frames + 1, request.height // rows, request.width // columns
+        (frames, height, width), strides = request.size, self.checkpoint.strides
+        return (frames - 1) // strides[0] + 1, height // strides[1], width // strides[2]
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         frames, rows, columns = (
@@ -170,8 +167,9 @@ class WanModel:
         return rope_3d(self.grid(request), self.config.head_dim)
 
     def schedule(self, request: Request) -> tuple[list[float], Solver]:
+        assert request.steps is not None
         assert request.shift is not None
-        if request.solver in SOLVERS:
+        if request.solver is not None and request.solver in SOLVERS:
             return flow_times(request.steps, request.shift), SOLVERS[request.solver]()
         solver = UniPC(self.checkpoint, request.steps, request.shift)
         return solver.times, solver

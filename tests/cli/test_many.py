@@ -229,7 +229,7 @@ def test_turns_are_taken_once_each():
 
 
 def test_the_record_is_put_right(tmp_path):
-    base = Request(steps=2)
+    base = Request("a 7 moving left", steps=2)
     entries = read_requests("a 1\na 2\na 3", base)
     requests = {entry: entry.request for entry in entries}
     fields = {"seconds_total": 1.5, **{k: v for k, v in vars(base).items() if k != "prompt"}}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 
 from meshdiff import InputError, Request
 from meshdiff.cli.request_list import LONGEST_NAME, decode_list, read_requests
-from meshdiff.models import WanRequest
+from meshdiff.models import DigitsModel, WanModel
 
-BASE = Request(steps=2, seed=5)
+BASE = replace(DigitsModel.DEFAULTS, steps=2, seed=5)
 
 
 def test_prompts_and_objects_become_requests():
@@ -20,9 +21,9 @@ def test_prompts_and_objects_become_requests():
     )
     first, second = read_requests(text, BASE)
     assert (first.line, first.name, first.error) == (1, "0001-a-7-moving-left", None)
-    assert first.request == Request("a 7 moving left", steps=2, seed=5)
+    assert first.request == BASE
     assert (second.line, second.name) == (3, "three")
-    assert second.request == Request("a 3", steps=2, seed=9, guidance_scale=2)
+    assert second.request == replace(BASE, prompt="a 3", seed=9, guidance_scale=2)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
@@ -59,12 +60,13 @@ def test_lines_end_as_on_any_system():
 
 
 def test_fields_are_those_of_the_model():
-    (entry,) = read_requests('{"guidance_scale_2": null, "shift": 5, "solver": "unipc"}', WanRequest())
-    assert entry.request == WanRequest(shift=5)
-    (entry,) = read_requests("猫\u3000在草地上 \U0001f408", WanRequest())
-    assert entry.request == WanRequest("猫\u3000在草地上 \U0001f408")
-    (entry,) = read_requests('{"solver": "unipc"}', BASE)
-    assert entry.error == "solver: 'unipc' given, needs one of euler, ab2"
+    (entry,) = read_requests('{"guidance_scale_2": null, "shift": 5, "solver": "unipc"}', WanModel.DEFAULTS)
+    assert entry.request == replace(WanModel.DEFAULTS, shift=5)
+    (entry,) = read_requests("猫\u3000在草地上 \U0001f408", WanModel.DEFAULTS)
+    assert entry.request == replace(WanModel.DEFAULTS, prompt="猫\u3000在草地上 \U0001f408")
+    (entry,) = read_requests('{"guidance_scale_2": 2.0}', BASE)
+    assert entry.error is not None
+    assert entry.error.startswith("line: unknown field 'guidance_scale_2'; known: name, prompt, ")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_bad_lines_say_why_and_leave_the_others_alone(line, error):
     assert bad.request is None
     assert bad.error.startswith(error)
     assert "\n" not in bad.error
-    assert good.request == Request("a 5", steps=2, seed=5)
+    assert good.request == replace(BASE, prompt="a 5")
 
 
 def test_two_lines_of_one_name_are_one_folder_too_few():

@@ -174,7 +174,7 @@ def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
         (["--checkpoint", "promptless"], "--checkpoint: promptless is a .*, which takes no prompt; name the folder of"),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("bare", "cut", "garbled")),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("deeper", "newer")),
-        (["--checkpoint", "flux", "--shard-weights"], "--shard-weights: is not for --model diffusers"),
+        (["--checkpoint", "flux", "--shard-weights"], "--shard-weights: is for --model digits or wan or random"),
         (["--checkpoint", "flux", "--strategy", "hybrid"], "--strategy hybrid: is not for --model diffusers"),
         (["--checkpoint", "flux", "--frames", "9"], "--frames: is no option of a FluxPipeline"),
         (["--checkpoint", "flux", "--shift", "3"], "--shift: is the pipeline's own"),

@@ -35,7 +35,11 @@ def cases(draw):
     # From 64 tokens, where 8 ranks divide everything, to 125 or 175, where few do.
     frames, height, width = draw(st.sampled_from([(8, 32, 32), (10, 40, 32), (10, 40, 40), (14, 40, 40)]))
     solver = draw(st.sampled_from(["euler", "ab2"]))
-    return layout, Request(frames=frames, height=height, width=width, steps=2, solver=solver), branches
+    return (
+        layout,
+        Request("a 7 moving left", frames=frames, height=height, width=width, steps=2, solver=solver),
+        branches,
+    )
 
 
 @settings(max_examples=8)
@@ -50,7 +54,7 @@ def test_simulated_layouts_agree_with_one_device_and_keep_the_contract(case, hea
 
 @pytest.mark.parametrize("layout", [Layout(2, 1), Layout(2, 2), Layout(1, 4), Layout(2, 4)], ids=str)
 def test_simulated_layouts_agree_to_the_bit(layout):
-    request = Request(frames=16, height=32, width=32, steps=3)  # 128 tokens
+    request = Request("a 7 moving left", frames=16, height=32, width=32, steps=3)  # 128 tokens
     with simulate(layout.world_size):
         video, _ = make(layout, 2, request, heads=8)
     assert torch.equal(video, on_one_device(request, 2, 8))
@@ -58,7 +62,7 @@ def test_simulated_layouts_agree_to_the_bit(layout):
 
 def test_shipped_weights_agree_to_the_bit_where_shards_are_awkward():
     """They magnify what random weights hide: 34 tokens are a block of the CPU's attention kernel and 2 more."""
-    request = Request(frames=10, height=40, steps=4)
+    request = Request("a 7 moving left", frames=10, height=40, steps=4)
 
     def clip(layout: Layout) -> torch.Tensor:
         with simulate(layout.world_size) if layout.world_size > 1 else alone():

@@ -53,7 +53,7 @@ def test_the_model_file_knows_nothing_of_meshes():
 
 def test_prompts_reach_the_model():
     model = tiny_model()
-    request = Request(frames=8)
+    request = tiny_model().prepare(Request("a 7 moving left", frames=8))
     words = lambda text: torch.tensor([[0, 11, 20]]) if not text else torch.tensor([[4, 12, 21]])  # noqa: E731
     x, rope = model.noise(request), model.rope(request)
     outputs = [model.transformer(x, torch.ones(1), model.transformer.encode_text(words(t)), rope) for t in ("", "x")]
@@ -97,15 +97,16 @@ def test_weights_are_checked(tmp_path):
         ({"frames": 24, "height": 48, "width": 40}, "--frames: 24 given; on a canvas of 48 x 40 this model makes 18"),
         ({"prompt": "the..."}, "--prompt: 'the...' names neither a digit nor a direction"),
         ({"negative_prompt": "ugly"}, "--negative-prompt: unknown word 'ugly'"),
+        ({"solver": "unipc"}, "--solver: 'unipc' given; this model has euler, ab2"),
     ],
 )
 def test_requests_beyond_the_model_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        prepare_request(tiny_model(), Request(**change), Layout())
+        prepare_request(tiny_model(), Request(**{"prompt": "a 7 moving left", **change}), Layout())
 
 
 def test_more_ranks_than_the_sequence_feeds_are_refused():
-    request = Request(frames=8)  # 64 tokens
+    request = Request("a 7 moving left", frames=8)  # 64 tokens
     prepare_request(tiny_model(), request, Layout(1, 64))
     with pytest.raises(InputError, match="--cp: 65 ranks leave some without any of this clip's 64 tokens; use --cp 64"):
         prepare_request(tiny_model(), request, Layout(1, 65))
@@ -126,18 +127,18 @@ def test_more_ranks_than_the_sequence_feeds_are_refused():
 )
 def test_requests_that_make_no_sense_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        Request(**change)
+        Request(**{"prompt": "a 7 moving left", **change})
 
 
 def test_scale_one_runs_one_branch():
-    assert Request(guidance_scale=1.0).branches == ["a 7 moving left"]
-    assert Request(negative_prompt="a 3").branches == ["a 7 moving left", "a 3"]
+    assert Request("a 7 moving left", guidance_scale=1.0).branches == ["a 7 moving left"]
+    assert Request("a 7 moving left", negative_prompt="a 3").branches == ["a 7 moving left", "a 3"]
 
 
 def test_noise_depends_on_the_seed_alone():
     model = DigitsModel(VideoDiT(VideoDiTConfig(depth=1)))
     torch.manual_seed(1)
-    first = model.noise(Request(seed=3))
+    first = model.noise(model.prepare(Request("a 7", seed=3)))
     torch.manual_seed(2)
-    assert torch.equal(first, model.noise(Request(seed=3)))
-    assert not torch.equal(first, model.noise(Request(seed=4)))
+    assert torch.equal(first, model.noise(model.prepare(Request("a 7", seed=3))))
+    assert not torch.equal(first, model.noise(model.prepare(Request("a 7", seed=4))))

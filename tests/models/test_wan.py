@@ -15,11 +15,11 @@ from tiny import alone
 from tiny_wan import LEVELS, REQUEST, TOKENS, by_diffusers, checkpoint, make, request, traffic
 
 from experiments.tiny_models.wan_checkpoint import Config, write
-from meshdiff import InputError, Layout, explain_strategy, init_mesh, place, simulate
+from meshdiff import InputError, Layout, Request, explain_strategy, init_mesh, place, simulate
 from meshdiff.distributed.mesh import replicate_module
 from meshdiff.distributed.placements import POSITIONS, REPLICATED, SEQUENCE
 from meshdiff.distributed.simulation import rank_values, unwrap
-from meshdiff.models import WanModel, WanRequest
+from meshdiff.models import WanModel, WanOptions
 from meshdiff.models.layers import rope_3d
 from meshdiff.models.wan import WanConfig, WanTransformer, patchify, unpatchify
 from meshdiff.pipeline import prepare_request
@@ -140,7 +140,8 @@ def test_simulated_ranks_give_the_clip_and_keep_the_contract(root, one_process):
         ({"frames": 2}, r"--frames: 2 given; this model makes 4 n \+ 1, for instance 1 or 5"),
         ({"height": 100}, "--height: 100 given; this model makes multiples of 16, for instance 96 or 112"),
         ({"width": 8}, "--width: 8 given; this model makes multiples of 16, for instance 16"),
-        ({"guidance_scale_2": 3.0}, "--guidance-scale-2: this checkpoint has one transformer"),
+        ({"solver": "heun"}, "--solver: 'heun' given; this model has unipc, euler, ab2"),
+        ({"options": WanOptions(guidance_scale_2=3.0)}, "--guidance-scale-2: this checkpoint has one transformer"),
     ],
 )
 def test_requests_that_do_not_fit_are_refused(root, change, message):
@@ -151,12 +152,12 @@ def test_requests_that_do_not_fit_are_refused(root, change, message):
 
 def test_shift_follows_the_resolution(root):
     model = WanModel.open(str(checkpoint(root) / "diffusers"))
-    assert model.prepare(WanRequest()).shift == 3.0
-    assert model.prepare(WanRequest(height=832, width=480)).shift == 3.0
-    assert model.prepare(WanRequest(height=720, width=1280)).shift == 5.0
-    assert model.prepare(WanRequest(height=720, width=1280, shift=8.0)).shift == 8.0
-    assert model.grid(WanRequest()) == (21, 30, 52)
-    assert model.grid(WanRequest(height=720, width=1280)) == (21, 45, 80)
+    assert model.prepare(Request("a cat")).shift == 3.0
+    assert model.prepare(Request("a cat", height=832, width=480)).shift == 3.0
+    assert model.prepare(Request("a cat", height=720, width=1280)).shift == 5.0
+    assert model.prepare(Request("a cat", height=720, width=1280, shift=8.0)).shift == 8.0
+    assert model.grid(model.prepare(Request("a cat"))) == (21, 30, 52)
+    assert model.grid(model.prepare(Request("a cat", height=720, width=1280))) == (21, 45, 80)
 
 
 def by_key_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -175,7 +176,7 @@ def attend_to_block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 def test_real_geometries_are_divided_rightly_and_evenly(root, monkeypatch, height, width, tokens, cp, strategy):
     """81 frames are 21 latent frames, which 4 and 8 ranks do not divide, and 8 ranks do not divide 12 heads."""
     model = WanModel.open(str(checkpoint(root) / "diffusers"))
-    grid = model.grid(WanRequest(height=height, width=width))
+    grid = model.grid(model.prepare(Request("a cat", height=height, width=width)))
     assert grid[0] == 21
     assert math.prod(grid) == tokens
     monkeypatch.setattr(F, "scaled_dot_product_attention", by_key_alone)

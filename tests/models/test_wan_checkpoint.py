@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_wan import checkpoint
 
-from meshdiff import InputError, Layout, Pipeline, init_mesh, simulate
+from meshdiff import InputError, Layout, Pipeline, Request, init_mesh, simulate
 from meshdiff.cli.run import main
-from meshdiff.models import WanModel, WanRequest
+from meshdiff.models import WanModel
 
 TRANSFORMER = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
 
@@ -132,7 +132,7 @@ def test_broken_checkpoints_are_refused_before_anything_is_read(breaks, message,
     assert "\n" not in str(error.value)
 
 
-SMALL = WanRequest(frames=1, height=16, width=32, steps=1)
+SMALL = Request("a cat", frames=1, height=16, width=32, steps=1)
 BROKEN_LATER = {
     "an encoder's tensor": (
         edit_tensors("text_encoder/model.safetensors", lambda t: t.pop("encoder.final_layer_norm.weight")),

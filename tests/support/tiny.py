@@ -14,7 +14,7 @@ from meshdiff.models.video_dit import VideoDiT, VideoDiTConfig
 
 DEPTH = 2
 PROMPTS = ["a 7 moving left", "", "a 3 moving up", "a 5", "moving down quickly"]
-REQUEST = Request(frames=10, height=40, width=32, steps=3)
+REQUEST = Request("a 7 moving left", frames=10, height=40, width=32, steps=3)
 TOKENS = 100  # of that request
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from contract import run_traffic
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshdiff import CommsCounter, Layout, Pipeline
-from meshdiff.models import WanModel, WanRequest, wan_model
+from meshdiff import CommsCounter, Layout, Pipeline, Request
+from meshdiff.models import WanModel, WanOptions, wan_model
 from meshdiff.models.layers import CrossAttention
 
 FLOAT = 4
 NEGATIVE = "blurry, low quality"
-REQUEST = WanRequest(negative_prompt=NEGATIVE, frames=17, height=16, width=112, steps=8, seed=3, shift=3.0)
+REQUEST = replace(
+    WanModel.DEFAULTS, negative_prompt=NEGATIVE, frames=17, height=16, width=112, steps=8, seed=3, shift=3.0
+)
 TOKENS = 35  # of that request: 5 x 1 x 7, which neither 2 nor 3 ranks divide
 SCALE_2 = 3.0
 LEVELS: dict[str, dict[str, bool]] = {
@@ -44,9 +47,9 @@ def checkpoint(folder: Path, version: str = "2.1") -> Path:
     return path
 
 
-def request(version: str = "2.1") -> WanRequest:
+def request(version: str = "2.1") -> Request:
     """8 steps, guidance 5, a negative prompt; of the second expert at another scale."""
-    return REQUEST if version == "2.1" else WanRequest(**{**vars(REQUEST), "guidance_scale_2": SCALE_2})
+    return REQUEST if version == "2.1" else replace(REQUEST, options=WanOptions(guidance_scale_2=SCALE_2))
 
 
 def make(root: Path, mesh: DeviceMesh, version: str = "2.1", level: str = "plain") -> tuple[Tensor, dict, list[int]]:
@@ -141,7 +144,7 @@ def by_diffusers(root: Path, version: str) -> Tensor:
         num_frames=asked.frames,
         num_inference_steps=asked.steps,
         guidance_scale=asked.guidance_scale,
-        guidance_scale_2=asked.guidance_scale_2,
+        guidance_scale_2=asked.options.guidance_scale_2,
         generator=torch.Generator().manual_seed(asked.seed),
         output_type="pt",
     ).frames[0]

@@ -26,8 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from meshdiff.cli import run
 from meshdiff.cli.config import Config as RunConfig
-from meshdiff.cli.config import Strategy
 from meshdiff.cli.metrics import device_name
+from meshdiff.cli.registry import ModelName, Strategy
 from meshdiff.cli.sweep.cells import CLIPS, Cell, Row, measure, read_rows, write_rows
 from meshdiff.cli.sweep.report import draw, log_to_wandb, summary, write_tables
 from meshdiff.distributed.mesh import Layout
@@ -63,7 +63,7 @@ class Config:
     """Sampling steps of a clip; the time of a cell is that of the median step."""
     guidance_scale: float | None = None
     """1 turns guidance off, and leaves --cfg nothing to divide; by default what run.py takes."""
-    model: Literal["random", "digits", "wan", "diffusers"] = "random"
+    model: ModelName = "random"
     """Embedded digits are too small a model to gain by more ranks; random weights can be of any size."""
     checkpoint: str | None = None
     """Of --model wan, or of diffusers: a pipeline that makes clips. Small ones: python -m
@@ -177,8 +177,9 @@ def all_cells(config: Config) -> list[Cell]:
         alone = run.parse(config.flags(Cell(Layout(), "auto", frames)))
         model = alone.open_model()
         prepare_request(model, alone.request, Layout())
+        branches = alone.entry.branches(model, alone.request)
         for size in config.sizes():
-            for layout in layouts_of(config, size, alone.branches):
+            for layout in layouts_of(config, size, branches):
                 choose = layout.cp > 1 and config.layouts == "all"
                 strategies: list[Strategy] = [*dict.fromkeys(config.strategies)] if choose else ["auto"]
                 found += [Cell(layout, s, frames) for s in strategies if fits(model, alone, layout, s)]

@@ -1,0 +1,253 @@
+"""The models that `meshdiff run` has: how each opens, which flags it takes, and who runs it.
+
+A new model is a file in `meshdiff/models` with a `VideoModel`, a name in `ModelName` and an entry in `MODELS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+import tyro
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshdiff.diffusion.request import Request
+from meshdiff.errors import InputError
+from meshdiff.models import DigitsModel, RandomModel, RandomShape, WanModel
+from meshdiff.models.digits import WEIGHTS
+from meshdiff.pipeline import Pipeline
+
+__all__ = ["MODELS", "ModelEntry", "ModelFlags", "ModelName", "Strategy", "import_diffusers"]
+
+ModelName = Literal["digits", "wan", "diffusers", "random"]
+Strategy = Literal["auto", "ulysses", "ring", "gather", "hybrid"]
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Flags that say which model runs, and how."""
+
+    model: ModelName = "digits"
+    """The embedded model; or Wan text-to-video from --checkpoint (--model wan --help shows Wan's own defaults); or any
+    pipeline of diffusers from --checkpoint, unmodified; or one of random weights and any size, to measure with."""
+    checkpoint: str | None = None
+    """Wan: a folder in diffusers' layout or in Wan's own, or a Hugging Face id. diffusers: the folder of a pipeline."""
+    components: str | None = None
+    """Wan: the folder of text encoder, tokenizer and VAE in diffusers' layout, where --checkpoint has none."""
+    weights: Path | None = None
+    """Weights of the embedded model (safetensors); those of the package by default."""
+    shape: tyro.conf.OmitArgPrefixes[RandomShape] = field(default_factory=RandomShape)
+    strategy: Strategy = "auto"
+    """How --cp ranks attend to each other's tokens; auto chooses by heads and length."""
+    simulate: bool = False
+    """Simulate all ranks inside this one process: any layout on a laptop, slowly."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes GPUs if there are any."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and activations; the sampler's state is always float32. auto is bfloat16 for Wan and diffusers on
+    GPUs, else float32."""
+    compile: bool = False
+    """Compile each transformer block with torch.compile: slow to start, faster to run. diffusers: compile
+    what --capture captures."""
+    capture: bool = False
+    """diffusers: once calls of a transformer have settled, run what one rank computes and sends in them as a graph,
+    without the model's Python, which takes longer than a GPU does for short sequences. From the fifth call on."""
+    shard_weights: bool = False
+    """Each rank stores its part of every weight and gathers a block's at a time. Without it every rank stores all
+    weights: --cp and --cfg divide the work and the activations only."""
+    low_memory: Literal[0, 1, 2, 3] = 0
+    """0: everything on the device. 1: decoded tiles are put together in host memory. 2: the text encoder, too, comes
+    from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""
+    tile: int = 256
+    """Wan: pixels a side of the tiles that the ranks decode, a quarter of which overlaps; 0 decodes every frame in one
+    piece, on every rank."""
+
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.device
+
+    @property
+    def entry(self) -> ModelEntry:
+        """What the registry has of the model."""
+        return MODELS[self.model]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        half = self.entry.checkpoint is not None and self.device_type == "cuda"
+        chosen: torch.dtype = getattr(
+            torch, ("bfloat16" if half else "float32") if self.dtype == "auto" else self.dtype
+        )
+        return chosen
+
+    def open_model(self) -> Any:
+        """The `VideoModel`, checked; the weights of a large one are read when they are needed."""
+        return self.entry.open(self)
+
+    def of_model(self) -> dict[str, object]:
+        """The fields of `RunMetrics` that say what, besides its request, a clip depends on."""
+        return {
+            "model": self.model,
+            "checkpoint": self.checkpoint,
+            "weights": None if self.weights is None else str(self.weights),
+            "shape": dataclasses.asdict(self.shape) if "shape" in self.entry.flags else None,
+            "dtype": str(self.torch_dtype).removeprefix("torch."),
+        }
+
+    def of_run(self) -> dict[str, object]:
+        """The fields of `RunMetrics` that these flags say."""
+        return {
+            **self.of_model(),
+            "strategy": self.strategy,
+            "compiled": self.compile,
+            "simulated": self.simulate,
+            "shard_weights": self.shard_weights,
+            "low_memory": self.low_memory,
+        }
+
+    def check_model(self) -> None:
+        """Raise `InputError` for flags that the model does not take, or lacks."""
+        entry, defaults = self.entry, ModelFlags()
+        if entry.checkpoint is not None and self.checkpoint is None:
+            raise InputError("--checkpoint", f"is missing; name {entry.checkpoint}")
+        for name in OF_SOME_MODELS:
+            if getattr(self, name) != getattr(defaults, name) and name not in entry.flags:
+                flag = "--dim, --depth, --heads" if name == "shape" else f"--{name.replace('_', '-')}"
+                others = " or ".join(other for other, its in MODELS.items() if name in its.flags)
+                raise InputError(flag, f"is for --model {others}; this is --model {self.model}: leave it out")
+        if self.strategy not in entry.strategies:
+            raise InputError(
+                f"--strategy {self.strategy}",
+                f"is not for --model {self.model}, whose heads are not known beforehand; leave it out, or name another",
+            )
+
+
+Made = tuple[Request, Mapping[str, str]]
+"""A request with the sizes of the clip that was made, and what became of capturing each transformer."""
+
+
+def _pipeline(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Pipeline:
+    return Pipeline(
+        model,
+        mesh,
+        dtype=flags.torch_dtype,
+        compile=flags.compile,
+        shard_weights=flags.shard_weights,
+        offload=flags.low_memory >= 3,
+        strategy=flags.strategy,
+    )
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model of the command line."""
+
+    open: Callable[[ModelFlags], Any]
+    """Gives the `VideoModel`, checked."""
+    defaults: Callable[[], Request]
+    """Gives what a request has where no flag does."""
+    flags: frozenset[str]
+    """Of the flags in `OF_SOME_MODELS`, those that it takes."""
+    strategies: tuple[str, ...] = get_args(Strategy)
+    """Values of --strategy that it takes."""
+    checkpoint: str | None = None
+    """For models that are read from --checkpoint: what to name there."""
+    run: Callable[[ModelFlags, Any, DeviceMesh], Any] = _pipeline
+    """Gives what generates clips on a mesh, with the `generate`, `mesh`, `replica` and `model` of a `Pipeline`."""
+    branches: Callable[[Any, Request], int] = lambda model, request: len(request.branches)
+    """Counts the guidance branches of a step, given the model."""
+    unguided: Callable[[Any], str] = lambda model: "guidance scale 1"
+    """Says why there is but one branch, or what it takes to have two, given the model."""
+    made: Callable[[Any, Request, Tensor], Made] = lambda run, request, clip: (request, {})
+    """Given what generated a clip: see `Made`."""
+
+
+OF_SOME_MODELS = (
+    "weights",
+    "shape",
+    "checkpoint",
+    "components",
+    "tile",
+    "capture",
+    "shard_weights",
+    "low_memory",
+    "simulate",
+)
+"""Flags that not every model takes."""
+
+
+def import_diffusers() -> ModuleType:
+    """The integration that runs pipelines of diffusers, which other models do without.
+
+    Raises:
+        InputError: if diffusers is not installed.
+    """
+    try:
+        module = importlib.import_module("meshdiff.integrations.diffusers_model")
+    except ImportError as error:
+        raise InputError(
+            "--model diffusers", f"needs diffusers ({error}); pip install 'meshdiff[diffusers]'"
+        ) from error
+    importlib.import_module("diffusers.utils.logging").set_verbosity_error()
+    importlib.import_module("diffusers.utils.logging").disable_progress_bar()
+    return module
+
+
+def _open_wan(flags: ModelFlags) -> WanModel:
+    assert flags.checkpoint is not None
+    return WanModel.open(
+        flags.checkpoint,
+        flags.components,
+        tile=flags.tile,
+        tiles_on_host=flags.low_memory >= 1,
+        offload_text=flags.low_memory >= 2,
+    )
+
+
+def _run_diffusers(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Any:
+    return model.run(mesh, flags.torch_dtype, flags.strategy, torch.compile if flags.compile else flags.capture)
+
+
+OURS = frozenset({"shard_weights", "low_memory", "simulate"})
+"""Flags of models whose code is in this package."""
+
+MODELS: dict[ModelName, ModelEntry] = {
+    "digits": ModelEntry(
+        open=lambda flags: DigitsModel.load(flags.weights or WEIGHTS),
+        defaults=lambda: DigitsModel.DEFAULTS,
+        flags=OURS | {"weights"},
+    ),
+    "wan": ModelEntry(
+        open=_open_wan,
+        defaults=lambda: WanModel.DEFAULTS,
+        flags=OURS | {"checkpoint", "components", "tile"},
+        checkpoint="a folder or a hub id such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or make a tiny one: "
+        "python -m experiments.tiny_models.wan_checkpoint --out tiny-wan",
+    ),
+    "diffusers": ModelEntry(
+        open=lambda flags: import_diffusers().DiffusersModel(flags.checkpoint),
+        defaults=lambda: import_diffusers().DiffusersModel.DEFAULTS,
+        flags=frozenset({"checkpoint", "capture"}),
+        strategies=tuple(name for name in get_args(Strategy) if name != "hybrid"),
+        checkpoint="the folder of a pipeline, or make a tiny one: "
+        "python -m experiments.tiny_models.pipelines flux --out tiny-flux",
+        run=_run_diffusers,
+        branches=lambda model, request: model.branches(request),
+        unguided=lambda model: model.guidance_needs,
+        made=lambda run, request, clip: (run.done(request, clip), run.parallel.captured()),
+    ),
+    "random": ModelEntry(
+        open=lambda flags: RandomModel(flags.shape),
+        defaults=lambda: RandomModel.DEFAULTS,
+        flags=OURS | {"shape"},
+    ),
+}
+"""What `--model` may name."""
