@@ -21,5 +21,5 @@ class InputError(Exception):
         self.source = source
         self.problem = problem
 
-    def __reduce__(self):  # travels between ranks
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str]]:  # travels between ranks
         return type(self), (self.source, self.problem)

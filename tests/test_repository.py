@@ -45,9 +45,40 @@ def test_importing_starts_nothing_and_needs_no_extra():
     assert printed.strip() == "[]"
 
 
-def test_shipped_weights_are_small():
-    size = (ROOT / "meshdiff" / "models" / "digits.safetensors").stat().st_size
-    assert size <= 8_000_000
+def files() -> list[Path]:
+    """Those that git has, or would add."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_is_large_but_the_shipped_weights():
+    weights = ROOT / "meshdiff" / "models" / "digits.safetensors"
+    assert weights.stat().st_size <= 8_000_000
+    assert [path.name for path in files() if path != weights and path.stat().st_size > 500_000] == []
+
+
+def test_no_file_of_code_is_longer_than_a_person_reads():
+    code = [path for path in files() if path.suffix == ".py"]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in code}
+    assert {name: lines for name, lines in lengths.items() if lines > 400} == {}
+
+
+def test_what_is_ignored_for_the_type_checker_has_its_reason_beside_it():
+    bare = re.compile(r"#\s*type:\s*ignore(\[[\w, -]*\])?\s*$")
+    found = []
+    for path in files():
+        if path.suffix == ".py":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found += [f"{path.relative_to(ROOT)}:{n}" for n, line in enumerate(lines, 1) if bare.search(line)]
+    assert found == []
+
+
+def test_words_are_spelt_right():
+    checker = subprocess.run(
+        [sys.executable, "-m", "codespell_lib", *files()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert checker.returncode == 0, checker.stdout
 
 
 def test_links_between_pages_lead_somewhere():

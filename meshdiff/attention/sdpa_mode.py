@@ -86,7 +86,7 @@ class sharded_attention(TorchFunctionMode):  # used as a context manager, as tor
                 f"{len(self.shard_sizes)} ranks; pad it by a token (and mask that), or pass DTensors instead"
             )
 
-    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)

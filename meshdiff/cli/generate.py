@@ -50,7 +50,12 @@ def model_on_mesh(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
 
 
 def generate(
-    config: Config, layout: Layout, pipeline: Any, request: Request, on_stage: Callable, on_step: Callable
+    config: Config,
+    layout: Layout,
+    pipeline: Any,
+    request: Request,
+    on_stage: Callable[[str], None],
+    on_step: Callable[[int], None],
 ) -> tuple[Tensor, RunMetrics]:
     """The run itself, the same on every layout."""
     timer, memory = Timer(config.device_type), PeakMemory(config.device_type)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 __all__ = ["to_pixels", "write_video"]
 
@@ -46,7 +50,7 @@ def write_video(video: Tensor, folder: Path, fps: int = 8) -> None:
     _contact_sheet(images).save(folder / "contact_sheet.png")
 
 
-def _contact_sheet(images: list):
+def _contact_sheet(images: list[Picture]) -> Picture:
     from PIL import Image
 
     count = min(SHEET_FRAMES, len(images))

@@ -65,7 +65,7 @@ def parse_prompt(text: str, flag: str = "--prompt") -> Prompt:
         InputError: for a word the model does not know, or more than one digit,
             speed or direction (two that make a diagonal are one direction).
     """
-    found: dict[str, list] = {"digit": [], "direction": [], "speed": []}
+    found: dict[str, list[object]] = {"digit": [], "direction": [], "speed": []}
     for word in re.findall(r"[^\s,.!-]+", text.lower()):
         if word in _SPELLINGS:
             kind, value = _SPELLINGS[word]

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from experiments.tiny_models.transformers.registry import TINY, Tiny
 
-from experiments.tiny_models.transformers import image, image_joint, more, video, video_joint, world  # isort: skip  # each adds its models to the registry
+from experiments.tiny_models.transformers import image, image_joint, image_mixed, more, video, video_joint, world  # isort: skip  # each adds its models to the registry
 
-__all__ = ["TINY", "Tiny", "image", "image_joint", "more", "video", "video_joint", "world"]
+__all__ = ["TINY", "Tiny", "image", "image_joint", "image_mixed", "more", "video", "video_joint", "world"]

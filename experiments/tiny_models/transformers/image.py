@@ -392,24 +392,3 @@ def transformer_2d(draw: Draw) -> dict[str, Any]:
         "attention_mask": torch.arange(35)[None] < 31,
         "encoder_attention_mask": torch.arange(11)[None] < 8,
     }
-
-
-@tiny(
-    "ZImageTransformer2DModel",
-    in_channels=4,
-    dim=60,
-    n_layers=2,
-    n_refiner_layers=1,
-    n_heads=5,
-    n_kv_heads=5,
-    cap_feat_dim=16,
-    axes_dims=[4, 4, 4],
-    axes_lens=[64, 16, 16],
-)
-def z_image(draw: Draw) -> dict[str, Any]:
-    return {
-        "x": [draw(4, 1, 10, 14), draw(4, 1, 6, 10)],  # 35 and 15 tokens, padded to multiples of 32
-        "t": torch.tensor([0.5, 0.25]),
-        "cap_feats": [draw(11, 16), draw(7, 16)],
-        "controlnet_block_samples": {0: draw(2, 96, 60)},
-    }

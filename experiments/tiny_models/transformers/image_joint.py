@@ -378,28 +378,3 @@ def qwen_image(draw: Draw) -> dict[str, Any]:
         "additional_t_cond": torch.tensor([1]),
         "controlnet_block_samples": [draw(1, 47, 60)],
     }
-
-
-@tiny(
-    "SD3Transformer2DModel",
-    sample_size=14,
-    in_channels=4,
-    num_layers=3,
-    attention_head_dim=12,
-    num_attention_heads=5,
-    joint_attention_dim=16,
-    caption_projection_dim=60,
-    pooled_projection_dim=20,
-    out_channels=4,
-    pos_embed_max_size=9,
-    dual_attention_layers=(0,),  # then a block with one attention, then one without an output for the text
-    qk_norm="rms_norm",
-)
-def sd3(draw: Draw) -> dict[str, Any]:
-    return {
-        "hidden_states": draw(2, 4, 10, 14),
-        "encoder_hidden_states": draw(2, 11, 16),
-        "pooled_projections": draw(2, 20),
-        "timestep": torch.tensor([500, 250]),
-        "block_controlnet_hidden_states": [draw(2, 35, 60)],
-    }

@@ -39,6 +39,9 @@ COLORS = {
 }
 
 
+Array = np.ndarray[Any, Any]
+
+
 def medians(rows: Iterable[Row]) -> pd.DataFrame:
     """A line for each cell: medians over its measurements, and what it gains.
 
@@ -195,7 +198,7 @@ TITLE = {
 }
 
 
-def _figure(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0) -> tuple[Figure, np.ndarray]:
+def _figure(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0) -> tuple[Figure, Array]:
     figure = Figure(figsize=(max(6.4, width * columns), height * rows + 0.6), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -214,7 +217,7 @@ def _lines(cells: pd.DataFrame, column: str, largest: bool) -> dict[str, pd.Data
     return lines
 
 
-def _legend(figure: Figure, grid: np.ndarray) -> None:
+def _legend(figure: Figure, grid: Array) -> None:
     """One for all panels, which need not have the same lines."""
     found: dict[str, Artist] = {}
     for axes in grid.flat:
@@ -234,7 +237,7 @@ def _ranks_axis(axes: Axes, sizes: Iterable[int]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _points(axes: Axes, line: pd.DataFrame, values: pd.Series, series: str, errors: np.ndarray | None = None) -> None:
+def _points(axes: Axes, line: pd.DataFrame, values: pd.Series, series: str, errors: Array | None = None) -> None:
     """A line whose points are hollow where ranks had to share cores."""
     color = COLORS[series]
     axes.errorbar(line.world_size, values, errors, color=color, lw=1.5, capsize=3, label=series)
