@@ -22,7 +22,7 @@ from meshdiff.attention.strategy import AUTO
 from meshdiff.attention.validation import is_checked
 from meshdiff.autoshard.aliasing import AliasTracker
 from meshdiff.autoshard.block_inputs import become_shards, find_blocks, shard_tokens
-from meshdiff.autoshard.call_key import is_due, signature_of
+from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.capture.graph_capture import Backend, GraphCapture
 from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dispatch_mode import SafetyMode, UnsafeMutation
@@ -36,7 +36,7 @@ from meshdiff.autoshard.patching import Interception, owners
 from meshdiff.autoshard.recorder import Recorder
 from meshdiff.autoshard.report import Report
 from meshdiff.distributed.consensus import is_collective_error
-from meshdiff.distributed.rank_checks import check_alike, check_inputs
+from meshdiff.distributed.rank_checks import check_alike, check_inputs, is_due
 from meshdiff.distributed.simulation import holds_all_ranks
 from meshdiff.distributed.torch_compat import autograd_task, tree_map_only, without_compiling
 
@@ -130,8 +130,8 @@ class Parallelized:
         self._learns = True
         self._name = f"untouched-{next(_names)}"
         self._retreats, self._checks = itertools.count(), itertools.count()
-        self._settled: set[Any] = set()
-        self._calls: dict[Any, int] = {}  # of each signature
+        self._settled: set[CallKey] = set()
+        self._calls: dict[CallKey, int] = {}
         self._report: Report | None = None
         self._running: _Run | None = None
         # These outlive a call: modules keep tensors, an error leaves some that wait.
@@ -186,9 +186,9 @@ class Parallelized:
 
     def _call(self, inner: Forward, args: Any, kwargs: Any) -> Any:
         args, kwargs = out_of_inference((args, kwargs))
-        signature = signature_of(self.module, args, kwargs)
-        calls = self._calls[signature] = self._calls.get(signature, 0) + 1
-        is_new = signature not in self._settled
+        key = call_key(self.module, args, kwargs, self.mesh.device_type)
+        calls = self._calls[key] = self._calls.get(key, 0) + 1
+        is_new = key not in self._settled
         if is_new or is_checked():
             check_alike(self.mesh, self.module, (args, kwargs))
         elif is_due(calls):
@@ -199,14 +199,14 @@ class Parallelized:
                 captures = None if "" in self.whole else self._captures
                 return run(args, kwargs) if captures is None else captures.call(run, args, kwargs)
             except UnsafeMutation as error:
-                self._settled.discard(signature)
+                self._settled.discard(key)
                 raise UnsafeMutation(f"{error}; the next call will find out anew what can be shared out") from error
         before = Before(self.module, args, kwargs)
         output, learnt = self._find_out(before, inner, args, kwargs)
         if learnt:
             self._settled.clear()  # the next call of any shapes runs in another way
         else:
-            self._settled.add(signature)
+            self._settled.add(key)
         if self.verify:
             self._compare(before, inner, output, args, kwargs)
         return output

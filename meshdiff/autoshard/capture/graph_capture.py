@@ -29,8 +29,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from meshdiff.autoshard.call_key import NotCaptured, described
-from meshdiff.autoshard.capture.call_kinds import KINDS, CallKinds
+from meshdiff.autoshard.call_key import CallKey, call_key
+from meshdiff.autoshard.capture.call_kinds import KINDS, CallKinds, NotCaptured
 from meshdiff.autoshard.capture.module_facts import Facts
 from meshdiff.autoshard.capture.passes import tidy
 from meshdiff.autoshard.capture.purity import note_output, watching
@@ -128,8 +128,8 @@ class GraphCapture:
 
     def call(self, run: Run, args: Any, kwargs: Any) -> Any:
         """What the model returns, by its program if there is one, else by `run`, which calls the model on the mesh."""
+        key = call_key(self.module, args, kwargs, self.mesh.device_type, exact=True)
         try:
-            key, tensors = described(args, kwargs, self.mesh.device_type)
             kind = self._kind(key)
         except NotCaptured as reason:
             self._rejection = str(reason)
@@ -143,6 +143,7 @@ class GraphCapture:
             kind = self._kinds.use(key)
         if not kind.was_watched:
             return self._watch(kind, run, args, kwargs)
+        tensors = list({id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values())
         if kind.program is None:
             return self._capture(kind, run, args, kwargs, tensors)
         if not kind.was_tried:
@@ -150,7 +151,12 @@ class GraphCapture:
         kind.runs += 1
         return kind.program(tensors)
 
-    def _kind(self, key: Any) -> CaptureState:
+    def _kind(self, key: CallKey) -> CaptureState:
+        settings = key.grad_state
+        if settings.grad or settings.inference or any(dtype is not None for _, dtype in settings.autocast):
+            raise NotCaptured("only calls under torch.no_grad() and without autocast are captured")
+        if key.opaque:
+            raise NotCaptured(f"it is given {key.opaque}")
         kind = self._kinds.use(key)
         if kind.rejection:
             raise NotCaptured(kind.rejection)

@@ -12,14 +12,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from meshdiff.autoshard.aliasing import memory
-from meshdiff.autoshard.call_key import PLAIN
 from meshdiff.autoshard.capture.module_facts import Facts
 from meshdiff.autoshard.cfg.calls import Written
 from meshdiff.autoshard.dispatch_mode import kind_of
 from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.autoshard.patching import original_class
 from meshdiff.autoshard.recorder import calling_line
-from meshdiff.autoshard.snapshot.code_state import SMALL
+from meshdiff.autoshard.snapshot.code_state import PLAIN_TENSORS, SMALL
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
 from meshdiff.distributed.torch_compat import HigherOrderOperator, TorchDispatchMode, tree_leaves
 
@@ -64,7 +63,7 @@ def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
 def note_output(watch: Watch, output: Any) -> None:
     """What of an output a program could not return."""
     for leaf in tree_leaves(output):
-        if type(leaf) not in PLAIN and type(leaf) not in SMALL:
+        if type(leaf) not in PLAIN_TENSORS and type(leaf) not in SMALL:
             watch.note(f"it returns a {type(leaf).__name__}, which may hold anything")
 
 

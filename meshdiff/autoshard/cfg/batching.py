@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.validation import is_checked
-from meshdiff.autoshard.call_key import is_due, signature_of
+from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.cfg.calls import (
     Call,
     Failure,
@@ -45,7 +45,7 @@ from meshdiff.autoshard.numerics import has_numbers
 from meshdiff.autoshard.patching import Interception, owners
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable
 from meshdiff.distributed.consensus import all_gather_object, is_first_rank
-from meshdiff.distributed.rank_checks import check_alike, check_inputs
+from meshdiff.distributed.rank_checks import check_alike, check_inputs, is_due
 from meshdiff.distributed.simulation import is_simulated
 from meshdiff.distributed.torch_compat import tree_leaves, tree_structure, tree_unflatten
 
@@ -85,7 +85,7 @@ class Guidance:
         """Why every rank does all calls from some time on, in their order; "" if they are divided."""
         self.undivided = ""
         """The same of the last call alone."""
-        self._kinds: dict[Any, Kind] = {}
+        self._kinds: dict[CallKey, Kind] = {}
         self._pending: list[Call] = []
         self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
         self._changes = self._failures = self._number = 0
@@ -121,7 +121,7 @@ class Guidance:
         return self._defer(call)
 
     def _kind(self, args: Any, kwargs: Any) -> Kind:
-        key = signature_of(self.module, args, kwargs), GradState.capture(self.mesh.device_type)
+        key = call_key(self.module, args, kwargs, self.mesh.device_type)
         kind = self._kinds.pop(key, None) or Kind()
         self._kinds[key] = kind  # the latest is the last
         if len(self._kinds) > KINDS:
@@ -287,7 +287,7 @@ class Guidance:
         calls = self._taken()
         if not calls:
             return
-        outputs, divided = None, len(calls) > 1 and are_alike(calls)
+        outputs, divided = None, len(calls) > 1 and are_alike(self.module, calls)
         try:
             if divided:
                 outputs = self._at_once(calls)

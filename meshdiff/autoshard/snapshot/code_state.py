@@ -19,6 +19,7 @@ from meshdiff.autoshard.snapshot.generators import is_array, is_generator
 __all__ = [
     "CONTAINERS",
     "LIBRARY",
+    "PLAIN_TENSORS",
     "SMALL",
     "STEADY",
     "Members",
@@ -30,9 +31,11 @@ __all__ = [
     "package_of",
     "reached_functions",
     "slots_of",
+    "value_key",
 ]
 
 SMALL = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, nn.Buffer})
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 STEADY = (type, types.ModuleType, types.BuiltinFunctionType, torch.layout, torch.memory_format)
 CODE = (types.FunctionType, types.BuiltinFunctionType, property, staticmethod, classmethod)
@@ -40,6 +43,14 @@ OPEN = (types.SimpleNamespace, threading.local)
 """Objects of the standard library that hold what somebody else puts there."""
 LIBRARY = "torch"
 """Code of this package keeps nothing of a model."""
+
+
+def value_key(value: Any) -> Any:
+    """A key of a small value: those of 1, 1.0 and True differ, and those of 0.0 and -0.0; those of two NaN do not."""
+    kind = type(value)
+    if kind is float:
+        return kind, repr(value)
+    return (kind, value) if kind is bool else value
 
 
 def package_of(thing: Any) -> str:
