@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from meshdiff.autoshard.call_key import call_key
 from meshdiff.autoshard.cfg.deferred import DeferredTensor, OutputForm
 from meshdiff.autoshard.grad_state import GradState, Surroundings
-from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable, version
+from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable
+from meshdiff.autoshard.snapshot.walk import version
 from meshdiff.distributed.consensus import is_collective_error
 from meshdiff.distributed.fingerprint import fingerprint, sha256
 from meshdiff.distributed.simulation import is_simulated, on_each_rank
