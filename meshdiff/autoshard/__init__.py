@@ -16,7 +16,7 @@ before. The files, in the order in which a call goes through them:
 - `recorder`, `report`: what was done, and what was sent for it. `numerics` compares outputs.
 - `capture`: calls that have settled as graphs of one rank, without all of this.
 - `cfg`: the branches of a guided step at once, on the ranks of another mesh dim.
-- `snapshot`: a module and all that it holds, to see whether a call has changed it, and to put it back.
+- `snapshot`: a module and all that it holds, to see if it has changed and to put it back, with a policy for each use.
 """
 
 from __future__ import annotations

@@ -4,63 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable
+from meshdiff.autoshard.snapshot.policy import Policy
 from meshdiff.distributed.consensus import store
 from meshdiff.distributed.simulation import is_simulated
 
-__all__ = ["Before", "agree_on_fallback", "one_line"]
+__all__ = ["agree_on_fallback", "one_line", "restore_after", "start_again"]
 
 
-class Before:
-    """What a call started from, so that it can be started again.
+def restore_after(error: Exception, before: ModuleSnapshot) -> None:
+    """Put back what a call has changed of the model and of its inputs before it ended with an error.
 
     Args:
-        module: the model.
-        args, kwargs: what it is called with.
+        error: which ended it.
+        before: what it started from, a `RESTORE`.
+
+    Raises:
+        RuntimeError: if it has written to weights, of which there is no copy; the next call will do.
     """
+    try:
+        before.restore(before.retake())
+    except Unrestorable as lost:
+        raise RuntimeError(
+            f"{type(before.module).__name__} cannot run on shards as it was tried ({one_line(error)}), and it has "
+            f"written to {lost} before that was noticed; load its weights again and start again, it will then run on "
+            "whole tensors"
+        ) from error
 
-    def __init__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._snapshot = ModuleSnapshot(module, (args, kwargs), copies=True)
 
-    def restore(self, error: Exception) -> None:
-        """Put back what the call has changed of the model and of its inputs before it ended with an error.
+@contextmanager
+def start_again(before: ModuleSnapshot) -> Iterator[None]:
+    """Start from a `RESTORE` in the body, after which model and inputs are as they were when it began.
 
-        Raises:
-            RuntimeError: if it has written to weights, of which there is no copy; the next call will do.
-        """
-        now = self._snapshot.again()
-        if now is self._snapshot:
-            return
-        try:
-            self._snapshot.restore(now)
-        except Unrestorable as lost:
-            raise RuntimeError(
-                f"{type(self._snapshot.module).__name__} cannot run on shards as it was tried ({one_line(error)}), and "
-                f"it has written to {lost} before that was noticed; load its weights again and start again, it will "
-                "then run on whole tensors"
-            ) from error
-
-    @contextmanager
-    def once_more(self) -> Iterator[None]:
-        """Start from the same again in the body, after which model and inputs are as they were when it began.
-
-        Raises:
-            RuntimeError: if the call has written to weights.
-        """
-        after = ModuleSnapshot(self._snapshot.module, self._snapshot.arguments, copies=True)
-        try:
-            self._snapshot.restore(after)
-            yield
-            after.restore(after.again())
-        except Unrestorable as lost:
-            model = type(self._snapshot.module).__name__
-            raise RuntimeError(f"{model} writes to {lost}: it cannot be run a second time to compare") from lost
+    Raises:
+        RuntimeError: if the call since then has written to weights, or the body does.
+    """
+    after = ModuleSnapshot(before.module, Policy.RESTORE, before.arguments)
+    try:
+        before.restore(after)
+        yield
+        after.restore(after.retake())
+    except Unrestorable as lost:
+        model = type(before.module).__name__
+        raise RuntimeError(f"{model} writes to {lost}: it cannot be run a second time to compare") from lost
 
 
 def agree_on_fallback(mesh: DeviceMesh, name: str, kind: str, error: Exception) -> None:

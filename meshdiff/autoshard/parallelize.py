@@ -22,12 +22,12 @@ from meshdiff.attention.strategy import AUTO
 from meshdiff.attention.validation import is_checked
 from meshdiff.autoshard.aliasing import AliasTracker
 from meshdiff.autoshard.block_inputs import become_shards, find_blocks, shard_tokens
-from meshdiff.autoshard.call_key import is_due, signature_of
+from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.capture.graph_capture import Backend, GraphCapture
 from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dispatch_mode import SafetyMode, UnsafeMutation
 from meshdiff.autoshard.dtensor_utils import map_dtensors, once, out_of_inference, to_plain
-from meshdiff.autoshard.fallback import Before, agree_on_fallback, one_line
+from meshdiff.autoshard.fallback import agree_on_fallback, one_line, restore_after, start_again
 from meshdiff.autoshard.function_mode import ShardingMode
 from meshdiff.autoshard.lazy import LazyReshards
 from meshdiff.autoshard.numerics import difference, not_numbers, one_sided, tolerance
@@ -35,8 +35,10 @@ from meshdiff.autoshard.op_cache import DispatchCache
 from meshdiff.autoshard.patching import Interception, owners
 from meshdiff.autoshard.recorder import Recorder
 from meshdiff.autoshard.report import Report
+from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
+from meshdiff.autoshard.snapshot.policy import Policy
 from meshdiff.distributed.consensus import is_collective_error
-from meshdiff.distributed.rank_checks import check_alike, check_inputs
+from meshdiff.distributed.rank_checks import check_alike, check_inputs, is_due
 from meshdiff.distributed.simulation import holds_all_ranks
 from meshdiff.distributed.torch_compat import autograd_task, tree_map_only, without_compiling
 
@@ -80,8 +82,8 @@ def parallelize(
             the operations and collectives of one rank, without the Python that
             led there, see `meshdiff.autoshard.capture.graph_capture`. True runs them as they
             are; a function of a `torch.fx.GraphModule` makes of it what is run,
-            `torch.compile` say. What the model's Python reads that is neither an
-            argument nor an attribute (a global, a clock) stays as it was.
+            `torch.compile` say. What the model's Python reads besides its arguments, its
+            attributes and the globals that it names (a clock, a file) stays as it was.
 
     Returns:
         A handle: `report()` tells what the last new call did, `programs` has what
@@ -130,8 +132,8 @@ class Parallelized:
         self._learns = True
         self._name = f"untouched-{next(_names)}"
         self._retreats, self._checks = itertools.count(), itertools.count()
-        self._settled: set[Any] = set()
-        self._calls: dict[Any, int] = {}  # of each signature
+        self._settled: set[CallKey] = set()
+        self._calls: dict[CallKey, int] = {}
         self._report: Report | None = None
         self._running: _Run | None = None
         # These outlive a call: modules keep tensors, an error leaves some that wait.
@@ -186,9 +188,9 @@ class Parallelized:
 
     def _call(self, inner: Forward, args: Any, kwargs: Any) -> Any:
         args, kwargs = out_of_inference((args, kwargs))
-        signature = signature_of(self.module, args, kwargs)
-        calls = self._calls[signature] = self._calls.get(signature, 0) + 1
-        is_new = signature not in self._settled
+        key = call_key(self.module, args, kwargs, self.mesh.device_type)
+        calls = self._calls[key] = self._calls.get(key, 0) + 1
+        is_new = key not in self._settled
         if is_new or is_checked():
             check_alike(self.mesh, self.module, (args, kwargs))
         elif is_due(calls):
@@ -199,14 +201,14 @@ class Parallelized:
                 captures = None if "" in self.whole else self._captures
                 return run(args, kwargs) if captures is None else captures.call(run, args, kwargs)
             except UnsafeMutation as error:
-                self._settled.discard(signature)
+                self._settled.discard(key)
                 raise UnsafeMutation(f"{error}; the next call will find out anew what can be shared out") from error
-        before = Before(self.module, args, kwargs)
+        before = ModuleSnapshot(self.module, Policy.RESTORE, (args, kwargs))
         output, learnt = self._find_out(before, inner, args, kwargs)
         if learnt:
             self._settled.clear()  # the next call of any shapes runs in another way
         else:
-            self._settled.add(signature)
+            self._settled.add(key)
         if self.verify:
             self._compare(before, inner, output, args, kwargs)
         return output
@@ -216,7 +218,7 @@ class Parallelized:
         assert self._captures is not None
         return self._captures.call(lambda args, kwargs: inner(*args, **kwargs), args, kwargs)
 
-    def _find_out(self, before: Before, inner: Forward, args: Any, kwargs: Any) -> tuple[Any, bool]:
+    def _find_out(self, before: ModuleSnapshot, inner: Forward, args: Any, kwargs: Any) -> tuple[Any, bool]:
         """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again.
 
         Returns:
@@ -235,12 +237,12 @@ class Parallelized:
                 if any(self._others.values()):  # it may have been these
                     others, self._others, self._learns = sorted(self._others), {}, False
                     agree_on_fallback(self.mesh, f"{self._name}/{next(self._retreats)}", f"{others} whole", error)
-                    before.restore(error)
+                    restore_after(error, before)
                     continue
                 # No name twice: what ranks wrote under an old one would let a rank go on before the others.
                 agree_on_fallback(self.mesh, f"{self._name}/{next(self._retreats)}", kind, error)
                 self.whole[kind] = one_line(error)
-                before.restore(error)
+                restore_after(error, before)
                 continue
             learnt = False
             for kind, names in self._found.items():
@@ -346,10 +348,10 @@ class Parallelized:
         kind = "" if name is None else type(self.blocks[name]).__name__
         return "" if kind in self.whole else kind
 
-    def _compare(self, before: Before, inner: Forward, output: Any, args: Any, kwargs: Any) -> None:
+    def _compare(self, before: ModuleSnapshot, inner: Forward, output: Any, args: Any, kwargs: Any) -> None:
         """With what the untouched model returns when it starts from where the call did."""
         found = tree_map_only(Tensor, torch.clone, output)
-        with torch.no_grad(), before.once_more():
+        with torch.no_grad(), start_again(before):
             expected = self._untouched(inner, args, kwargs)
         model = type(self.module).__name__
         apart = difference(found, expected)

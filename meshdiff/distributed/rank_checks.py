@@ -15,7 +15,7 @@ from meshdiff.distributed.fingerprint import Reduce, fingerprint, sha256, sum_of
 from meshdiff.distributed.simulation import is_simulated
 from meshdiff.distributed.torch_compat import tree_leaves
 
-__all__ = ["check_alike", "check_inputs"]
+__all__ = ["check_alike", "check_inputs", "is_due"]
 
 Facts = dict[tuple[Any, ...], Any]
 
@@ -46,6 +46,15 @@ def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bo
     else:
         ranks = all_gather_object(facts(), mesh, "the comparison of inputs and weights")
     _compare(module, ranks)
+
+
+def is_due(calls: int) -> bool:
+    """True if ranks compare the inputs of the call of that number, from 1.
+
+    The first ones, of which the second or third is already of what a sampler has
+    made of the noise that it drew, and others more and more seldom.
+    """
+    return calls <= 4 or calls & (calls - 1) == 0
 
 
 def check_inputs(mesh: DeviceMesh, module: nn.Module, arguments: Any, name: str) -> None:

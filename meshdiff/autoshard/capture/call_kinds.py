@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-import torch
+from meshdiff.autoshard.call_key import CallKey
 
-from meshdiff.autoshard.call_key import NotCaptured
-
-__all__ = ["KINDS", "CallKinds"]
+__all__ = ["KINDS", "CallKinds", "NotCaptured"]
 
 KINDS = 16
 """Kinds of calls of one model that are kept."""
@@ -21,6 +19,10 @@ TOO_SOON = 4
 """Kinds in a row that are let go before that; then no other kinds are begun for a while."""
 PAUSE = 256
 """Calls; each pause is twice as long as the last. Where a number changes with every step, each call is another kind."""
+
+
+class NotCaptured(Exception):
+    """This call has no program, for this reason."""
 
 
 class HasRuns(Protocol):
@@ -49,7 +51,7 @@ class CallKinds(Generic[K]):
     make: Callable[[], K]
     let_go: int = 0
     last: str = ""
-    _kept: OrderedDict[Any, K] = field(default_factory=OrderedDict)
+    _kept: OrderedDict[CallKey, K] = field(default_factory=OrderedDict)
     _calls: int = 0
     _too_soon: int = 0
     _paused_until: int = 0
@@ -58,7 +60,7 @@ class CallKinds(Generic[K]):
     def __iter__(self) -> Iterator[K]:
         return iter(self._kept.values())
 
-    def use(self, key: Any) -> K:
+    def use(self, key: CallKey) -> K:
         """What is kept of the kind of a call.
 
         Raises:
@@ -83,14 +85,8 @@ class CallKinds(Generic[K]):
 
     def _let_go_of_one(self) -> None:
         key, kept = self._kept.popitem(last=False)
-        self.let_go, self.last = self.let_go + 1, _shapes(key)
+        self.let_go, self.last = self.let_go + 1, key.shapes
         self._too_soon = self._too_soon + 1 if kept.runs < PAYS else 0
         if self._too_soon == TOO_SOON:
             self._too_soon, self._paused_until = 0, self._calls + self._pause
             self._pause *= 2
-
-
-def _shapes(key: Any) -> str:
-    """The shapes of the tensors of a kind of calls, as `call_key.described` has them."""
-    shapes: Iterable[Any] = (part for leaf in key[1] for part in leaf if isinstance(part, torch.Size))
-    return ", ".join(str(tuple(shape)) for shape in shapes)

@@ -11,9 +11,9 @@ Whatever else a model's Python does is not done again. So a call is watched once
 not made, changes the model, or calls hooks. It is captured the next time, and
 the program is tried in the call after that, beside the model. From then on it
 runs for calls like that one (`call_key`), as long as the model is what it was
-(`module_facts`). All else runs without. To capture and to try takes three calls more,
-once: what these compute and send is thrown away. The programs of the kinds of
-calls that were used last are kept (`call_kinds`).
+(`snapshot`, by its policy `GUARD`). All else runs without. To capture and to try
+takes three calls more, once: what these compute and send is thrown away. The
+programs of the kinds of calls that were used last are kept (`call_kinds`).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from meshdiff.autoshard.call_key import NotCaptured, described
-from meshdiff.autoshard.capture.call_kinds import KINDS, CallKinds
-from meshdiff.autoshard.capture.module_facts import Facts
+from meshdiff.autoshard.call_key import CallKey, call_key
+from meshdiff.autoshard.capture.call_kinds import KINDS, CallKinds, NotCaptured
 from meshdiff.autoshard.capture.passes import tidy
 from meshdiff.autoshard.capture.purity import note_output, watching
-from meshdiff.autoshard.fallback import Before, agree_on_fallback, one_line
+from meshdiff.autoshard.fallback import agree_on_fallback, one_line, restore_after
 from meshdiff.autoshard.numerics import difference, has_numbers, one_sided, tolerance
+from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
+from meshdiff.autoshard.snapshot.policy import Policy
 from meshdiff.distributed.consensus import all_gather_object, is_collective_error
 from meshdiff.distributed.torch_compat import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
@@ -56,7 +57,6 @@ class CapturedGraph:
         graph: takes the tensors of a call, returns those of its output.
         run: what was made of the graph.
         structure, leaves: of the model's output; in the place of each tensor, `Tensor`.
-        facts: of the model that was captured.
         note: why the graph itself is run, if something else was made of it.
     """
 
@@ -64,7 +64,6 @@ class CapturedGraph:
     run: Callable[..., Any]
     structure: TreeSpec
     leaves: tuple[Any, ...]
-    facts: Facts
     note: str = ""
 
     def __call__(self, tensors: list[Tensor]) -> Any:
@@ -106,6 +105,7 @@ class GraphCapture:
         self._kinds = CallKinds(CaptureState)
         self._rejection = ""  # of the last call without a program
         self._retreats = 0
+        self._guard: ModuleSnapshot | None = None  # of the model that was captured
 
     @property
     def programs(self) -> list[CapturedGraph]:
@@ -128,21 +128,22 @@ class GraphCapture:
 
     def call(self, run: Run, args: Any, kwargs: Any) -> Any:
         """What the model returns, by its program if there is one, else by `run`, which calls the model on the mesh."""
+        key = call_key(self.module, args, kwargs, self.mesh.device_type, exact=True)
         try:
-            key, tensors = described(args, kwargs, self.mesh.device_type)
             kind = self._kind(key)
         except NotCaptured as reason:
             self._rejection = str(reason)
             kind = None
         if kind is None:
             return run(args, kwargs)
-        what = "" if kind.program is None else kind.program.facts.changed(Facts(self.module))
+        what = self._changed() if kind.was_watched else ""
         if what:
             self._agree(f"{type(self.module).__name__} was changed: {what}")
             self._kinds.replace(lambda one: one if one.program is None else CaptureState(changes=one.changes + 1))
             kind = self._kinds.use(key)
         if not kind.was_watched:
             return self._watch(kind, run, args, kwargs)
+        tensors = list({id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values())
         if kind.program is None:
             return self._capture(kind, run, args, kwargs, tensors)
         if not kind.was_tried:
@@ -150,11 +151,23 @@ class GraphCapture:
         kind.runs += 1
         return kind.program(tensors)
 
-    def _kind(self, key: Any) -> CaptureState:
+    def _kind(self, key: CallKey) -> CaptureState:
+        settings = key.grad_state
+        if settings.grad or settings.inference or any(dtype is not None for _, dtype in settings.autocast):
+            raise NotCaptured("only calls under torch.no_grad() and without autocast are captured")
+        if key.opaque:
+            raise NotCaptured(f"it is given {key.opaque}")
         kind = self._kinds.use(key)
         if kind.rejection:
             raise NotCaptured(kind.rejection)
         return kind
+
+    def _changed(self) -> str:
+        """The name of something of the model that is another one than in the programs; "" if nothing is."""
+        if self._guard is None:
+            return ""
+        before, self._guard = self._guard, self._guard.retake()
+        return before.diff(self._guard)
 
     def _watch(self, kind: CaptureState, run: Run, args: Any, kwargs: Any) -> Any:
         """A call as it always is, in which we see whether it does something that a program would miss."""
@@ -179,7 +192,7 @@ class GraphCapture:
             outputs.append(run(args, kwargs))
             return [leaf for leaf in tree_leaves(outputs[0]) if isinstance(leaf, Tensor)]
 
-        before = Before(self.module, args, kwargs)
+        before = ModuleSnapshot(self.module, Policy.RESTORE, (args, kwargs))
         try:
             with watching(self.module, (args, kwargs)) as watch:
                 # AliasTracker, or a weight that is given as well would be an input where it is a weight.
@@ -187,7 +200,7 @@ class GraphCapture:
         except Exception as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error):
                 raise
-            before.restore(error)
+            restore_after(error, before)
             kind.rejection = self._rejection = one_line(error)
             self._agree(kind.rejection)
             return run(args, kwargs)
@@ -204,15 +217,9 @@ class GraphCapture:
                 graph if self.backend is None else self.backend(graph),
                 returned,
                 tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
-                self._facts(),
             )
+            self._guard = self._guard or ModuleSnapshot(self.module, Policy.GUARD)
         return outputs[0]
-
-    def _facts(self) -> Facts:
-        """Of the model as it is now: they are large, and those of another program are the same if nothing changed."""
-        now = Facts(self.module)
-        others = (kind.program.facts for kind in self._kinds if kind.program is not None)
-        return next((facts for facts in others if not facts.changed(now)), now)
 
     def _try(
         self, kind: CaptureState, program: CapturedGraph, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]

@@ -12,15 +12,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from meshdiff.autoshard.aliasing import memory
-from meshdiff.autoshard.call_key import PLAIN
-from meshdiff.autoshard.capture.module_facts import Facts
 from meshdiff.autoshard.cfg.calls import Written
 from meshdiff.autoshard.dispatch_mode import kind_of
 from meshdiff.autoshard.op_traits import traits_of
 from meshdiff.autoshard.patching import original_class
 from meshdiff.autoshard.recorder import calling_line
-from meshdiff.autoshard.snapshot.code_state import SMALL
+from meshdiff.autoshard.snapshot.code_state import PLAIN_TENSORS, SMALL
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
+from meshdiff.autoshard.snapshot.policy import Policy
 from meshdiff.distributed.torch_compat import HigherOrderOperator, TorchDispatchMode, tree_leaves
 
 __all__ = ["Watch", "note_output", "watching"]
@@ -47,16 +46,16 @@ def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
         arguments: what it is called with.
     """
     watch, before = Watch(), ModuleSnapshot(module)
-    unseen = Facts(module).unseen
-    if unseen:
-        watch.note(f"it has {unseen}, of which a change could not be seen")
+    opaque = ModuleSnapshot(module, Policy.GUARD).opaque
+    if opaque:
+        watch.note(f"it has {opaque}, of which a change could not be seen")
     given = Written(arguments, by_value=True)
     _note_hidden(watch, module)
     with _Functions(watch), _Operations(watch):
         yield watch
     if given.was_written():
         watch.note("it writes to what it is given")
-    what = before.changed(before.again(), drawn=False)
+    what = before.diff(before.retake(), drawn=False)
     if what:
         watch.note(f"it changes {what}")
 
@@ -64,7 +63,7 @@ def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
 def note_output(watch: Watch, output: Any) -> None:
     """What of an output a program could not return."""
     for leaf in tree_leaves(output):
-        if type(leaf) not in PLAIN and type(leaf) not in SMALL:
+        if type(leaf) not in PLAIN_TENSORS and type(leaf) not in SMALL:
             watch.note(f"it returns a {type(leaf).__name__}, which may hold anything")
 
 

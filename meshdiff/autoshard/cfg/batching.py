@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.validation import is_checked
-from meshdiff.autoshard.call_key import is_due, signature_of
+from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.cfg.calls import (
     Call,
     Failure,
@@ -45,7 +45,7 @@ from meshdiff.autoshard.numerics import has_numbers
 from meshdiff.autoshard.patching import Interception, owners
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable
 from meshdiff.distributed.consensus import all_gather_object, is_first_rank
-from meshdiff.distributed.rank_checks import check_alike, check_inputs
+from meshdiff.distributed.rank_checks import check_alike, check_inputs, is_due
 from meshdiff.distributed.simulation import is_simulated
 from meshdiff.distributed.torch_compat import tree_leaves, tree_structure, tree_unflatten
 
@@ -85,7 +85,7 @@ class Guidance:
         """Why every rank does all calls from some time on, in their order; "" if they are divided."""
         self.undivided = ""
         """The same of the last call alone."""
-        self._kinds: dict[Any, Kind] = {}
+        self._kinds: dict[CallKey, Kind] = {}
         self._pending: list[Call] = []
         self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
         self._changes = self._failures = self._number = 0
@@ -121,7 +121,7 @@ class Guidance:
         return self._defer(call)
 
     def _kind(self, args: Any, kwargs: Any) -> Kind:
-        key = signature_of(self.module, args, kwargs), GradState.capture(self.mesh.device_type)
+        key = call_key(self.module, args, kwargs, self.mesh.device_type)
         kind = self._kinds.pop(key, None) or Kind()
         self._kinds[key] = kind  # the latest is the last
         if len(self._kinds) > KINDS:
@@ -132,7 +132,7 @@ class Guidance:
     def _has_changed(self, kind: Kind) -> bool:
         """Whether the model is another one than that whose rows were seen to be apart from each other."""
         now = self._now()
-        what = "" if kind.seen is None else kind.seen.changed(now, drawn=False)
+        what = "" if kind.seen is None else kind.seen.diff(now, drawn=False)
         kind.seen = now
         if not what:
             return False
@@ -143,7 +143,7 @@ class Guidance:
 
     def _now(self) -> ModuleSnapshot:
         """The model as it is now."""
-        self._state = ModuleSnapshot(self.module) if self._state is None else self._state.again()
+        self._state = ModuleSnapshot(self.module) if self._state is None else self._state.retake()
         return self._state
 
     def _fall_back(self, reason: str) -> None:
@@ -170,7 +170,7 @@ class Guidance:
         now = self._now()
         grew = before.only_grew(now)
         told = all_gather_object(
-            (one_line(error) if error else "", before.changed(now), grew, given.was_written()),
+            (one_line(error) if error else "", before.diff(now), grew, given.was_written()),
             self.mesh,
             f"the end of call {self._number}",
         )
@@ -258,15 +258,15 @@ class Guidance:
             return
         before, now = self._state, self._now()
         assert before is not None
-        what = before.changed(now)
+        what = before.diff(now)
         if not what:
             return
         calls, model = self._taken(), type(self.module).__name__
         try:
             before.restore(now)
             self._run_each(calls)
-            after = before.again()
-            kept = before.changed(after)
+            after = before.retake()
+            kept = before.diff(after)
             now.restore(after)
             self._state = None
         except Unrestorable as error:
@@ -287,7 +287,7 @@ class Guidance:
         calls = self._taken()
         if not calls:
             return
-        outputs, divided = None, len(calls) > 1 and are_alike(calls)
+        outputs, divided = None, len(calls) > 1 and are_alike(self.module, calls)
         try:
             if divided:
                 outputs = self._at_once(calls)
@@ -363,7 +363,7 @@ class Guidance:
         else:
             if not fits(own, forms, self.mesh):
                 reason = "returns other shapes than before for inputs of the same shapes"
-        kept = before.changed(now) if (now := self._now()) is not before else ""
+        kept = before.diff(now) if (now := self._now()) is not before else ""
         wrote = given.was_written()
         failed = bool(reason or kept or wrote)
         parts = exchange(None if failed else own, forms, self.mesh, call.device, self._number)
@@ -375,9 +375,8 @@ class Guidance:
         """After a part that could not be done: have the model as it was, on all ranks."""
         lost = ""
         try:
-            if now is not before:
-                before.restore(now)
-                self._state = None
+            before.restore(now)
+            self._state = None
         except Unrestorable as error:
             lost = str(error)
         told = all_gather_object((own, lost), self.mesh, f"a part of call {self._number} that failed")

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meshdiff.autoshard.call_key import call_key
 from meshdiff.autoshard.cfg.deferred import DeferredTensor, OutputForm
 from meshdiff.autoshard.grad_state import GradState, Surroundings
-from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable, version
+from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable
+from meshdiff.autoshard.snapshot.walk import version
 from meshdiff.distributed.consensus import is_collective_error
 from meshdiff.distributed.fingerprint import fingerprint, sha256
 from meshdiff.distributed.simulation import is_simulated, on_each_rank
@@ -234,18 +236,17 @@ def why_undivided(module: nn.Module, args: Any, kwargs: Any) -> str:
     return "is called with gradients" if training else ""
 
 
-def are_alike(calls: list[Call]) -> bool:
+def are_alike(module: nn.Module, calls: list[Call]) -> bool:
     """True if tensors that they return can be exchanged; a simulation has one flow of Python for all ranks."""
     dtypes = {tuple(form and form[1] for form in call.form.tensors) for call in calls}
     devices = {call.form.device for call in calls}
     if len(dtypes) != 1 or len(devices) != 1:
         return False
-    kinds = [(tuple(map(_kind_of, tree_leaves(call.own))), call.surroundings) for call in calls]
+    kinds = [
+        (call_key(module, *call.own, call.device.type, exact=True), call.grad_state, call.surroundings)
+        for call in calls
+    ]
     return not is_simulated() or all(kind == kinds[0] for kind in kinds)
-
-
-def _kind_of(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 @on_each_rank

@@ -16,6 +16,7 @@ from meshdiff.autoshard.cfg.exchange import Form, exchange, fits
 from meshdiff.autoshard.fallback import one_line
 from meshdiff.autoshard.numerics import difference, tolerance
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
+from meshdiff.autoshard.snapshot.policy import Policy
 from meshdiff.distributed.consensus import all_gather_object
 from meshdiff.distributed.simulation import on_each_rank, outside, rank_values
 from meshdiff.distributed.torch_compat import tree_leaves, tree_map_only
@@ -89,7 +90,7 @@ def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh, num
         mesh: of the ranks that share the rows.
         number: of the call.
     """
-    before, reason = ModuleSnapshot(module, copies=True), ""
+    before, reason = ModuleSnapshot(module, Policy.RESTORE), ""
     forms, own = row_forms(call, mesh), []
     try:
         own = OutputForm.tensors_of(call.run_with(rows_of(call, mesh)))
@@ -101,9 +102,7 @@ def try_rows(module: nn.Module, call: Call, expected: Any, mesh: DeviceMesh, num
         has_rows = all(form is None or (form[0] and form[0][0] == call.batch) for form in call.form.tensors)
         if not has_rows or not fits(own, forms, mesh):
             reason = "what it returns has other rows"
-    now = before.again()
-    if now is not before:
-        before.restore(now)
+    before.restore(before.retake())
     reasons, output = all_gather_object(reason, mesh, f"rows of call {number}"), None
     if not any(reasons):
         parts = exchange(own, forms, mesh, call.device, number)

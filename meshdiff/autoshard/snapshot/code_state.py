@@ -6,35 +6,45 @@ import io
 import sys
 import threading
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.autoshard.snapshot.generators import is_array, is_generator
 
 __all__ = [
     "CONTAINERS",
     "LIBRARY",
+    "PLAIN_TENSORS",
     "SMALL",
-    "STEADY",
     "Members",
     "class_members",
     "is_code",
     "is_iterator",
     "is_library",
+    "is_steady",
     "named_state",
     "package_of",
     "reached_functions",
     "slots_of",
+    "value_key",
 ]
 
 SMALL = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+PLAIN_TENSORS = frozenset({Tensor, nn.Parameter, nn.Buffer})
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-STEADY = (type, types.ModuleType, types.BuiltinFunctionType, torch.layout, torch.memory_format)
+STEADY = (
+    *(type, types.ModuleType, types.BuiltinFunctionType, types.MappingProxyType, weakref.ref),
+    *(range, slice, bytes, complex, type(...), type(NotImplemented)),
+    *(torch.layout, torch.memory_format, torch.finfo, torch.iinfo, DeviceMesh, dist.ProcessGroup),
+)
 CODE = (types.FunctionType, types.BuiltinFunctionType, property, staticmethod, classmethod)
 OPEN = (types.SimpleNamespace, threading.local)
 """Objects of the standard library that hold what somebody else puts there."""
@@ -42,9 +52,23 @@ LIBRARY = "torch"
 """Code of this package keeps nothing of a model."""
 
 
+def value_key(value: Any) -> Any:
+    """A key of a small value: those of 1, 1.0 and True differ, and those of 0.0 and -0.0; those of two NaN do not."""
+    kind = type(value)
+    if kind is float:
+        return kind, repr(value)
+    return (kind, value) if kind is bool else value
+
+
 def package_of(thing: Any) -> str:
     """The name of the package that a class or a function is from."""
     return str(thing.__module__).partition(".")[0]
+
+
+@lru_cache(maxsize=4096)
+def is_steady(kind: type) -> bool:
+    """True if an object of a type does not change, or, if it does, holds nothing of a model."""
+    return issubclass(kind, STEADY)
 
 
 def is_iterator(value: Any) -> bool:
@@ -116,7 +140,7 @@ def _is_state(name: str, value: Any, package: str) -> bool:
         return False
     if kind in SMALL or isinstance(value, (Tensor, nn.Module, *CONTAINERS)):
         return True
-    if isinstance(value, (types.FunctionType, *STEADY)):
+    if kind is types.FunctionType or is_steady(kind):
         return False
     if is_array(value) or is_generator(value) or isinstance(value, OPEN) or is_iterator(value):
         return True

@@ -88,7 +88,8 @@ def put_back(holder: Any, content: Any) -> None:
                 setattr(holder, name, value)
     elif isinstance(holder, Named):
         for name, value in content.items():
-            holder.put_back(name, value)
+            if holder.space.get(name, ...) is not value:
+                holder.put_back(name, value)
     elif isinstance(holder, Slots):
         for name in holder.names:
             if name in content:
@@ -108,5 +109,5 @@ def grew(own: Any, now: Any) -> bool:
         return True
     if isinstance(own, dict) and isinstance(now, dict):
         return all(key in now and grew(fact, now[key]) for key, fact in own.items())
-    pair = isinstance(own, tuple) and isinstance(now, tuple) and len(own) == len(now) == 2
-    return pair and own[0] == now[0] and isinstance(own[1], dict) and grew(own[1], now[1])
+    alike = isinstance(own, tuple) and isinstance(now, tuple) and len(own) == len(now) > 1 and own[0] == now[0]
+    return alike and all(map(grew, own[1:], now[1:]))

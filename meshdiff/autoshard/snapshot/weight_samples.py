@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from meshdiff.autoshard.snapshot.code_state import PLAIN_TENSORS
 from meshdiff.distributed.simulation import outside, rank_values
 
 __all__ = ["SAMPLE", "WeightSamples"]
@@ -70,5 +71,5 @@ class WeightSamples:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its values can be read where they lie; of quantized and nested ones that crashes."""
-    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided
+    plain = type(tensor) in PLAIN_TENSORS and tensor.layout == torch.strided
     return plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
+from torch import nn
 from untouched_cases import CHANNELS
 
 from meshdiff import Layout, init_mesh, parallelize
-from meshdiff.autoshard.call_key import NotCaptured
+from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.capture import call_kinds
-from meshdiff.autoshard.capture.call_kinds import KINDS, PAUSE, PAYS, TOO_SOON, CallKinds
+from meshdiff.autoshard.capture.call_kinds import KINDS, PAUSE, PAYS, TOO_SOON, CallKinds, NotCaptured
 from meshdiff.autoshard.numerics import difference
 from tests.autoshard.capture.test_graph_capture import RAN, Model, nothing
 
@@ -25,8 +26,8 @@ def kinds() -> CallKinds[Any]:
     return CallKinds(lambda: SimpleNamespace(runs=0))
 
 
-def key(i: int) -> Any:
-    return None, ((0, torch.Size((i, 3)), (3, 1)), (float, "1.0"))
+def key(i: int) -> CallKey:
+    return call_key(nn.Identity(), (torch.empty(i, 3, device="meta"), 1.0), {}, "cpu", exact=True)
 
 
 def test_those_that_are_used_are_kept():

@@ -24,6 +24,7 @@ from tests.autoshard.test_calls import BODIES, CALLS, Tokens
 from tests.autoshard.test_parallelize import Joint
 
 ELSEWHERE: dict[int, Tensor] = {}
+NUMBERS: dict[int, float] = {}
 
 
 RAN = unseen(times=0, by_model=Counter[int]())
@@ -152,6 +153,23 @@ def change(function: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
 
 def set_factor(model):
     model.blocks[1].settings["factor"] += 1.0
+
+
+def a_number_elsewhere(model, tokens):
+    return NUMBERS.get(id(model), 2.0)
+
+
+def set_number_elsewhere(model):
+    NUMBERS[id(model)] = 3.0
+
+
+def enclosed(model, tokens):
+    model.by = getattr(model, "by", None) or (lambda settings: lambda: settings["by"])({"by": 2.0})
+    return model.by()
+
+
+def set_enclosed(model):
+    model.by.__closure__[0].cell_contents["by"] += 1.0
 
 
 def write_weight(model):
@@ -289,6 +307,12 @@ CASES = {
     "an input that it writes": Case(MANY, input_, told="writes to what it has not made"),
     "random numbers": Case(MANY, unseeded, runs=4, programs=1, told="Captured"),
     "deep inside": Case([*MANY, change(set_deep_inside), *MANY], helper, runs=7, programs=1, told="Captured"),
+    "a number elsewhere": Case(
+        [*MANY, change(set_number_elsewhere), *MANY], a_number_elsewhere, runs=7, programs=1, told="Captured"
+    ),
+    "what a function encloses": Case(
+        [*MANY, change(set_enclosed), *MANY], enclosed, runs=7, programs=1, told="Captured"
+    ),
     "another layout": Case([*MANY, change(lay_out_otherwise), *MANY], runs=7, programs=1, told="Captured"),
     "another class": Case([*MANY, change(as_another_class), *MANY], runs=7, programs=1, told="Captured"),
     "a patched class": Case(

@@ -245,8 +245,8 @@ def test_what_has_changed_is_put_back(count):
     model: Any = build(count, 0)
     before = ModuleSnapshot(model)
     first = [count(model) for _ in range(3)]
-    now = before.again()
-    assert before.changed(now)
+    now = before.retake()
+    assert before.diff(now)
     before.restore(now)
     assert [count(model) for _ in range(3)] == first
 
@@ -254,7 +254,7 @@ def test_what_has_changed_is_put_back(count):
 def test_drawing_from_the_generator_of_numpy_is_a_change_that_is_put_back():
     before = ModuleSnapshot(nn.Linear(2, 2))
     drawn: Any = np.random.rand(4)
-    now = before.again()
-    assert before.changed(now)
+    now = before.retake()
+    assert before.diff(now)
     before.restore(now)
     assert np.array_equal(np.random.rand(4), drawn)
