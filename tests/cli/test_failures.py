@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import EXPERIMENTS, SUPPORT, torchrun
+from ranks import EXPERIMENTS, SUPPORT, free_port, run_command, torchrun
 from safetensors.torch import load_file
 
 from meshdiff.cli import generate, prompt_list
@@ -36,14 +35,16 @@ def start_rank(rank: int, port: int, *flags: str, **environment: str) -> subproc
 
 def test_ranks_that_cannot_start_say_why_once(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth-none")
-    process = torchrun(2, SCRIPT, *SMALL, "--out", str(tmp_path / "run"), timeout=90)
-    said = [line for line in process.stderr.splitlines() if line.startswith("cannot start: rank ")]
-    assert len(said) == 1, process.stderr
+    ranks = run_command([*SMALL, "--out", str(tmp_path / "out" / "run")], 2, tmp_path, timeout=90)
+    errors = "".join(ranks.stderr)
+    said = [line for line in errors.splitlines() if line.startswith("cannot start: rank ")]
+    assert len(said) == 1, errors
     assert "Unable to find address for: eth-none" in said[0]
     assert "GLOO_SOCKET_IFNAME, now eth-none, must name a network interface" in said[0]
-    assert process.stderr.count(f"traceback : {said[0]}") == process.stderr.count("exitcode  : 2") > 0
-    assert "[rank" not in process.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert ranks.exit_codes == [2, 2]
+    assert ranks.reports == [said[0], said[0]]
+    assert "[rank" not in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_that_cannot_start_says_why(tmp_path):
@@ -71,9 +72,7 @@ def as_rank(monkeypatch):
 
 
 def test_a_rank_that_nobody_answers_says_so_in_time(as_rank, tmp_path, capfd):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     as_rank(MASTER_PORT=str(port))
     assert main([*SMALL, "--timeout", "1", "--out", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import EXPERIMENTS, torchrun
+from ranks import EXPERIMENTS, run_command
 from safetensors.torch import load_file
 
 from meshdiff import InputError, Layout, Request, init_mesh, simulate
@@ -68,10 +68,11 @@ def test_good_requests_are_done_and_bad_ones_recorded(alone):
 
 def test_replicas_of_several_ranks_make_the_same_clips(alone, tmp_path):
     flags = [*FLAGS, "--prompts", str(alone / "list.txt"), "--dp", "2", "--out", str(tmp_path / "out")]
-    process = torchrun(4, SCRIPT, *flags, "--shard-weights")
-    assert "dp2-cfg2-cp1: 4 requests are 2 turns of 2 replicas of 2 ranks" in process.stdout  # two are bad
-    assert "[rank" not in process.stderr
-    assert f"traceback : 2 of 6 requests failed; {tmp_path / 'out' / 'results.jsonl'} says why" in process.stderr
+    ranks = run_command([*flags, "--shard-weights"], 4, tmp_path)
+    assert ranks.exit_codes == [1] * 4
+    assert "dp2-cfg2-cp1: 4 requests are 2 turns of 2 replicas of 2 ranks" in ranks.stdout[0]  # two are bad
+    assert "[rank" not in "".join(ranks.stderr)
+    assert ranks.reports == [f"2 of 6 requests failed; {tmp_path / 'out' / 'results.jsonl'} says why"] * 4
     expected, found = clips(alone / "out"), clips(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -101,7 +102,7 @@ def test_a_killed_run_goes_on_where_it_was(whom, alone, tmp_path):
     else:
         os.kill(ranks_of(str(out))[-1], signal.SIGKILL)
     run.communicate(timeout=60)
-    torchrun(2, SCRIPT, *flags)
+    assert run_command(flags, 2, tmp_path).exit_codes == [1, 1]
     expected, found = clips(alone / "out"), clips(out)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import EXPERIMENTS, SUPPORT, torchrun
+from ranks import EXPERIMENTS, SUPPORT, free_port, run_command, torchrun
 from safetensors.torch import load_file
 from wandb_log import read_log
 
@@ -78,9 +77,7 @@ def test_torchrun_turns_guidance_parallelism_on_and_gives_the_same_clip(one_proc
 
 
 def test_two_nodes_give_the_same_clip(one_process, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     meeting = ["--rdzv-id", "test", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
     command = [*launcher, *meeting, "--local-addr", "localhost", SCRIPT, *SMALL, "--out", str(tmp_path / "run")]
@@ -164,12 +161,13 @@ def test_flags_that_cannot_be_read_are_tyros_own_error(capfd):
     ],
 )
 def test_bad_input_ends_every_rank(flags, message, tmp_path):
-    process = torchrun(2, SCRIPT, *flags, timeout=60, cwd=tmp_path)
-    said, _, report = process.stderr.partition("FAILED")
-    assert said.count(message) == 1
-    assert report.count("exitcode  : 2") == report.count(message) == 2  # torchrun's report, of both ranks
-    assert "[rank" not in process.stderr  # how torch marks a rank's traceback
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "here").mkdir()
+    ranks = run_command(flags, 2, tmp_path, timeout=60, cwd=tmp_path / "here")
+    assert ranks.exit_codes == [2, 2], ranks
+    assert "".join(ranks.stderr).count(message) == 1
+    assert all(message in report for report in ranks.reports), ranks.reports
+    assert "[rank" not in "".join(ranks.stderr)  # how torch marks a rank's traceback
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_a_rank_that_runs_out_of_memory_ends_all_with_one_line(tmp_path):
@@ -229,9 +227,11 @@ def process_of_rank(rank: int, argument: str) -> int:
 
 
 def test_ranks_started_with_different_flags_stop_at_once(tmp_path):
+    port = free_port()
+
     def start(rank: int, *flags: str) -> subprocess.Popen:
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29711", "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, SCRIPT, *SMALL, *flags], env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True
         )
