@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import product
 
+import draws
 import on_ranks
 import pytest
 import torch
@@ -95,7 +96,7 @@ cases = st.builds(
 
 
 # The same cases each time: among all there are those of the next test.
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=draws.times(60), derandomize=draws.TIMES == 1)
 @given(case=cases, ranks=st.integers(1, 8))
 def test_every_strategy_is_as_close_to_the_truth_as_one_device(case, ranks):
     with simulate(ranks):
@@ -223,7 +224,7 @@ def test_on_one_rank_whole_tensors_are_shards_of_the_sequence():
                 assert torch.equal(unwrap(found.full_tensor()), alone)
 
 
-@settings(max_examples=25)
+@settings(max_examples=draws.times(25))
 @given(
     case=st.builds(
         Joint,

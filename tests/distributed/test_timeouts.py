@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import start_on_ranks
@@ -17,6 +18,7 @@ from meshdiff.distributed.world import store
 SECONDS = 2
 
 
+@pytest.mark.serial
 def test_every_group_of_a_mesh_has_the_time_out_of_the_run(tmp_path):
     ranks = start_on_ranks(on_ranks, 4, tmp_path, world=False)
     assert ranks.exit_codes == [0] * 4, ranks

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 
+import draws
 import on_ranks
 import pytest
 import torch
@@ -39,7 +40,7 @@ def cases(draw):
     return layout, Request(frames=frames, height=height, width=width, steps=2, solver=solver), branches
 
 
-@settings(max_examples=8)
+@settings(max_examples=draws.times(8))
 @given(case=cases(), heads=st.sampled_from([4, 6, 8]))
 def test_simulated_layouts_agree_with_one_device_and_keep_the_contract(case, heads):
     layout, request, branches = case
