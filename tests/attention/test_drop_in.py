@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 
+import on_ranks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def check(outcomes, model, x, text):
 
 
 def test_an_untouched_model_is_itself_on_real_ranks(tmp_path):
-    check(run_on_ranks("drop_in", 3, tmp_path), *PlainViT.example())
+    check(run_on_ranks(on_ranks.drop_in, 3, tmp_path), *PlainViT.example())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections import Counter
 from itertools import product
 
+import draws
+import on_ranks
 import pytest
 import torch
 from attention_cases import (
@@ -94,7 +96,7 @@ cases = st.builds(
 
 
 # The same cases each time: among all there are those of the next test.
-@settings(max_examples=60, derandomize=True)
+@settings(max_examples=draws.times(60), derandomize=draws.TIMES == 1)
 @given(case=cases, ranks=st.integers(1, 8))
 def test_every_strategy_is_as_close_to_the_truth_as_one_device(case, ranks):
     with simulate(ranks):
@@ -122,7 +124,7 @@ def test_gradients_of_a_whole_value_in_half_precision_are_as_close_to_the_truth(
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_real_ranks_are_right_and_send_what_the_contract_says(world_size, tmp_path):
-    outcomes = run_on_ranks("attention", world_size, tmp_path)
+    outcomes = run_on_ranks(on_ranks.attention, world_size, tmp_path)
     assert len(outcomes) == len(CASES) + len(JOINT) - (2 if world_size < 4 else 0)
     for case, outcome in outcomes.items():
         if isinstance(case, Joint):
@@ -222,7 +224,7 @@ def test_on_one_rank_whole_tensors_are_shards_of_the_sequence():
                 assert torch.equal(unwrap(found.full_tensor()), alone)
 
 
-@settings(max_examples=25)
+@settings(max_examples=draws.times(25))
 @given(
     case=st.builds(
         Joint,
@@ -243,11 +245,11 @@ def test_joint_tokens_equal_one_sequence_on_one_device(case, ranks):
 
 
 def test_compiled_strategies_have_no_graph_break_and_the_same_bits(tmp_path):
-    assert run_on_ranks("compiled_attention", 2, tmp_path) == [True, True]
+    assert run_on_ranks(on_ranks.compiled_attention, 2, tmp_path) == [True, True]
 
 
 def test_checks_name_the_rank_that_differs_on_every_rank(tmp_path):
-    heard = run_on_ranks("checked_attention", 3, tmp_path)
+    heard = run_on_ranks(on_ranks.checked_attention, 3, tmp_path)
     assert heard[0] == heard[1] == heard[2]
     guessed, key, mask, scale, dtype, alone, heads = heard[0]
     assert "query differs between ranks" in guessed

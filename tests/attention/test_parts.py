@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import draws
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +34,7 @@ def test_a_block_without_a_kernel_is_that_of_the_kernel(masked, kv_heads, monkey
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=15)
+@settings(max_examples=draws.times(15))
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 30), st.integers(1, 12), st.integers(1, 5)),
     ranks=st.integers(2, 6),

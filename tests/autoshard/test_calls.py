@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ranks import run_on_ranks
+import torch.distributed as dist
+from ranks import run_on_every_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from untouched_cases import CHANNELS, values
 
 from meshdiff import Layout, init_mesh, parallelize, simulate
+from meshdiff.attention.problem import chunk_sizes
 from meshdiff.autoshard.numerics import difference
+from tests.autoshard.test_parallelize import Joint
 
 SEQ = 7
 
@@ -192,9 +196,37 @@ def test_every_call_is_that_of_one_device(body, ranks):
             assert difference(found, one) <= 1e-5
 
 
+def on_this_rank() -> tuple[dict[str, float], int, int]:
+    """Errors of models that are called several times; FLOPs of a later call as counted, and as expected."""
+    mesh, errors = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
+    torch.manual_seed(0)
+    models = {body.__name__: (Tokens(body), [(hidden,) for hidden in CALLS]) for body in BODIES}
+    models |= {
+        f"joint {change}": (Joint(change), [(hidden, hidden[:, :5] * 2) for hidden in CALLS])
+        for change in ("", "source", "join", "view")
+    }
+    with torch.no_grad():
+        for name, (model, calls) in models.items():
+            expected = [copy.deepcopy(model)(*(tensor.clone() for tensor in call)) for call in calls]
+            if "cached" in name:  # by one model, from call to call
+                alone = copy.deepcopy(model)
+                expected = [alone(*call) for call in calls]
+            parallel = parallelize(model, mesh)
+            found = [parallel(*call) for call in calls]
+            errors[name] = max(difference(*pair) for pair in zip(found, expected, strict=True))
+        model = Tokens(lambda block, x, y: y)
+        parallel = parallelize(model, mesh)
+        for hidden in CALLS:
+            with FlopCounterMode(display=False) as counter:
+                parallel(hidden)
+    batch, length, channels = CALLS[0].shape
+    rows = batch * chunk_sizes(length, mesh.size())[mesh.get_local_rank()]
+    return errors, counter.get_total_flops(), 4 * 2 * rows * channels * channels
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_call_is_that_of_one_device_on_real_ranks_too(ranks, tmp_path):
-    results = run_on_ranks("untouched_calls", ranks, tmp_path)
+    results = run_on_every_rank(on_this_rank, ranks, tmp_path)
     for rank, (errors, counted, expected) in enumerate(results):
         assert {name: error for name, error in errors.items() if not error <= 1e-5} == {}, rank
         assert counted == expected, rank

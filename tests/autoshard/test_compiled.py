@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from ranks import torchrun
+from ranks import run_on_every_rank
 from torch import nn
 from torch.fx import GraphModule
 from untouched_cases import Model, inputs
 
 from meshdiff import Layout, init_mesh, parallelize
-from meshdiff.distributed.mesh import init_distributed
 
 TRACED: list[str] = []
 
@@ -51,14 +49,13 @@ def code_around(model: Model) -> Callable:
     return torch.compile(lambda **given: model(**given), backend=noted)
 
 
-def test_what_is_compiled_later_runs_as_it_is_on_the_mesh():
+def test_what_is_compiled_later_runs_as_it_is_on_the_mesh(tmp_path):
     """On real ranks: within a simulation nothing is compiled."""
-    process = torchrun(2, __file__)
-    assert process.returncode == 0, process.stderr[-3000:]
+    assert run_on_every_rank(on_ranks, 2, tmp_path) == [[], []]
 
 
-if __name__ == "__main__":
-    init_distributed()
+def on_ranks() -> list[str]:
+    """Of what was traced, the names; raises if a number is not that of one device."""
     given = inputs()
     with torch.no_grad():
         for compiled in (a_block, a_part_of_a_block, code_in_a_block, the_model, code_around):
@@ -69,4 +66,4 @@ if __name__ == "__main__":
             for _ in range(3):
                 assert torch.allclose(run(**given), expected, atol=1e-5), compiled.__name__
             assert not TRACED, (compiled.__name__, TRACED)
-    dist.destroy_process_group()
+    return TRACED

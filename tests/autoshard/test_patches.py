@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +18,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from ranks import torchrun
+from ranks import run_on_every_rank
 from torch import Tensor, nn
 
 from experiments.tiny_models.transformers import TINY
@@ -28,8 +26,6 @@ from meshdiff import Layout, init_mesh, simulate
 from meshdiff import parallelize as parallelize_module
 from meshdiff.autoshard.numerics import difference
 from meshdiff.autoshard.patching import Interception, owners
-from meshdiff.distributed.consensus import all_gather_object
-from meshdiff.distributed.mesh import init_distributed
 from meshdiff.distributed.simulation import unwrap
 from meshdiff.integrations.diffusers import parallelize
 
@@ -214,10 +210,7 @@ def on_ranks() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    path = tmp_path_factory.mktemp("patches") / "found.pt"
-    process = torchrun(2, str(Path(__file__)), str(path), timeout=300)
-    assert process.returncode == 0, process.stderr[-6000:]
-    return torch.load(path)
+    return run_on_every_rank(on_ranks, 2, tmp_path_factory.mktemp("patches"))
 
 
 def test_patches_of_others_are_what_they_are_on_one_device(ranks):
@@ -323,11 +316,3 @@ def test_forwards_that_come_and_go_are_never_lost():
     module(x)
     assert not heard
     assert module.__class__.__name__ == type(module).__name__ == "Other"
-
-
-if __name__ == "__main__":
-    init_distributed()
-    of_every_rank = all_gather_object(on_ranks())
-    if dist.get_rank() == 0:
-        torch.save(of_every_rank, sys.argv[1])
-    dist.destroy_process_group()

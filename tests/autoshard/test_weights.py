@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import torchrun
+from ranks import run_on_every_rank
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
@@ -16,8 +14,6 @@ from weight_kinds import CHANNELS, KINDS, Model
 
 from meshdiff import Layout, init_mesh
 from meshdiff.autoshard.numerics import difference
-from meshdiff.distributed.consensus import all_gather_object
-from meshdiff.distributed.mesh import init_distributed
 from meshdiff.integrations.diffusers import parallelize
 
 STEPS = 5
@@ -128,10 +124,7 @@ def another_value_in_a_shard(mesh: DeviceMesh) -> str:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    path = tmp_path_factory.mktemp("weights") / "found.pt"
-    process = torchrun(2, str(Path(__file__)), str(path), timeout=300)
-    assert process.returncode == 0, process.stderr[-6000:]
-    return torch.load(path)
+    return run_on_every_rank(on_ranks, 2, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.parametrize("dim", ["cp", "cfg"])
@@ -194,12 +187,3 @@ def of_kinds(meshes: dict[str, DeviceMesh]) -> dict[Any, Any]:
         for dim, mesh in meshes.items()
         if kind.is_installed
     }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    init_distributed()
-    of_every_rank = all_gather_object(on_ranks())
-    if torch.distributed.get_rank() == 0:
-        torch.save(of_every_rank, sys.argv[1])
-    torch.distributed.destroy_process_group()

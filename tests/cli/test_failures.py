@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,10 +11,9 @@ import time
 from datetime import timedelta
 
 import pytest
-import torch
 import torch.distributed as dist
-from ranks import EXPERIMENTS, SUPPORT, torchrun
-from safetensors.torch import load_file
+from clips import FLAGS, SCRIPT
+from ranks import free_port, run_command
 
 from meshdiff.cli import generate, prompt_list
 from meshdiff.cli.run import main
@@ -23,32 +21,24 @@ from meshdiff.distributed import heartbeat as liveness
 from meshdiff.distributed import world
 from meshdiff.errors import InputError
 
-SCRIPT = str(EXPERIMENTS / "run.py")
-SMALL = ("--frames", "8", "--steps", "2", "--wandb", "disabled")
-
-
-def start_rank(rank: int, port: int, *flags: str, **environment: str) -> subprocess.Popen:
-    """One of two ranks, by hand."""
-    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    env |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen([sys.executable, SCRIPT, *flags], env=env, stderr=subprocess.PIPE, text=True)
-
 
 def test_ranks_that_cannot_start_say_why_once(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth-none")
-    process = torchrun(2, SCRIPT, *SMALL, "--out", str(tmp_path / "run"), timeout=90)
-    said = [line for line in process.stderr.splitlines() if line.startswith("cannot start: rank ")]
-    assert len(said) == 1, process.stderr
+    ranks = run_command([*FLAGS, "--out", str(tmp_path / "out" / "run")], 2, tmp_path, timeout=90)
+    errors = "".join(ranks.stderr)
+    said = [line for line in errors.splitlines() if line.startswith("cannot start: rank ")]
+    assert len(said) == 1, errors
     assert "Unable to find address for: eth-none" in said[0]
     assert "GLOO_SOCKET_IFNAME, now eth-none, must name a network interface" in said[0]
-    assert process.stderr.count(f"traceback : {said[0]}") == process.stderr.count("exitcode  : 2") > 0
-    assert "[rank" not in process.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert ranks.exit_codes == [2, 2]
+    assert ranks.reports == [said[0], said[0]]
+    assert "[rank" not in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_process_that_cannot_start_says_why(tmp_path):
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth-none"}
-    command = [sys.executable, SCRIPT, *SMALL, "--out", str(tmp_path / "run")]
+    command = [sys.executable, SCRIPT, *FLAGS, "--out", str(tmp_path / "run")]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 2
     error = "cannot start: Unable to find address for: eth-none; GLOO_SOCKET_IFNAME, now eth-none, is to name a network"
@@ -71,11 +61,9 @@ def as_rank(monkeypatch):
 
 
 def test_a_rank_that_nobody_answers_says_so_in_time(as_rank, tmp_path, capfd):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     as_rank(MASTER_PORT=str(port))
-    assert main([*SMALL, "--timeout", "1", "--out", str(tmp_path / "run")]) == 2
+    assert main([*FLAGS, "--timeout", "1", "--out", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"cannot start: rank 1 of 2 did not meet the others at localhost:{port}")
     assert error.count("\n") == 1
@@ -92,32 +80,10 @@ def test_a_rank_that_nobody_answers_says_so_in_time(as_rank, tmp_path, capfd):
 )
 def test_a_wrong_environment_is_one_line(name, value, problem, as_rank, capfd):
     as_rank(**{name: value})
-    assert main([*SMALL]) == 2
+    assert main([*FLAGS]) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"{name}: {problem}")
     assert error.count("\n") == 1
-
-
-def test_ranks_whose_launcher_is_killed_end_with_a_line_each(tmp_path):
-    (tmp_path / "list.txt").write_text("a 1\na 2\n")
-    out = tmp_path / "out"
-    launcher = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # what ranks need of torchrun
-    flags = [*SMALL, "--steps", "5000", "--prompts", str(tmp_path / "list.txt"), "--out", str(out)]
-    ranks = [start_rank(rank, launcher.port, *flags, TORCHELASTIC_USE_AGENT_STORE="True") for rank in range(2)]
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(".*partial*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    del launcher
-    try:
-        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [2, 2], errors
-    for rank, error in enumerate(errors):
-        assert error.startswith(f"lost the launcher: rank {rank} cannot reach the store at localhost:")
-        assert error.count("\n") == 1
-    assert not list(out.glob(".*"))
 
 
 @pytest.mark.parametrize("noticed_by", ["a beat", "a question"])
@@ -138,24 +104,13 @@ def test_a_store_that_is_gone_is_no_error_of_its_own(noticed_by, monkeypatch):
     assert not heartbeats._thread.is_alive()
 
 
-def test_a_run_that_torchrun_restarts_makes_the_same_clip(tmp_path):
-    assert main([*SMALL, "--out", str(tmp_path / "one")]) == 0
-    program = str(SUPPORT / "killed_once.py")
-    process = torchrun(2, program, *SMALL, "--cp", "2", "--out", str(tmp_path / "run"), restarts=1, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert "exitcode: -9" in process.stderr
-    expected, found = (load_file(tmp_path / name / "video.safetensors")["video"] for name in ("one", "run"))
-    assert torch.equal(found, expected)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "run"]
-
-
 def test_a_restart_takes_up_the_folder_of_the_attempt_before(tmp_path, monkeypatch, capfd):
     """As if torchrun's store told of it."""
     kept: dict[str, str] = {}
     for module in (generate, prompt_list):
         monkeypatch.setattr(module, "remember", kept.__setitem__)
         monkeypatch.setattr(module, "recall", kept.get)
-    flags = [*SMALL, "--out", str(tmp_path / "run")]
+    flags = [*FLAGS, "--out", str(tmp_path / "run")]
     (tmp_path / ".run.partial-1234").mkdir()  # of a first rank that was killed
     kept["out"] = str(tmp_path / "run")
     assert main(flags) == 0
@@ -168,7 +123,7 @@ def test_a_restart_takes_up_the_folder_of_the_attempt_before(tmp_path, monkeypat
     assert main(flags) == 2  # another run does not take it for its own
     assert kept == {}
     (tmp_path / "list.txt").write_text("a 1\na 2\n")
-    of_list = [*SMALL, "--prompts", "-", "--out", str(tmp_path / "list")]
+    of_list = [*FLAGS, "--prompts", "-", "--out", str(tmp_path / "list")]
     with (tmp_path / "list.txt").open() as file:
         monkeypatch.setattr("sys.stdin", file)
         assert main(of_list) == 0

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import EXPERIMENTS, torchrun
-from safetensors.torch import load_file
+from clips import FAILED, FLAGS, NAMES, clips, list_alone, records
+from ranks import run_command
 
 from meshdiff import InputError, Layout, Request, init_mesh, simulate
 from meshdiff.cli.queue import Counter, Record, resume, take_turns
@@ -21,36 +16,10 @@ from meshdiff.cli.request_list import read_requests
 from meshdiff.cli.run import main
 from meshdiff.distributed.mesh import ranks_of_replica, replica
 
-SCRIPT = str(EXPERIMENTS / "run.py")
-FLAGS = ("--frames", "8", "--steps", "2", "--wandb", "disabled")
-LIST = """a 7 moving left
-{"prompt": "a 3 moving up", "seed": 4, "name": "three"}
-{"promp": "a 4"}
-a 5 moving sideways
-{"prompt": "a 2", "steps": 3}
-a 1 moving down
-"""
-NAMES = ["0001-a-7-moving-left", "three", "0005-a-2", "0006-a-1-moving-down"]
-FAILED = ["0003-failed", "0004-a-5-moving-sideways"]
-
-
-def clips(out: Path) -> dict[str, torch.Tensor]:
-    return {p.parent.name: load_file(p)["video"] for p in sorted(out.glob("*/video.safetensors"))}
-
-
-def records(out: Path) -> dict[str, dict]:
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert len({line["name"] for line in lines}) == len(lines)  # once each
-    return {line["name"]: line for line in lines}
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The list, done by one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    (folder / "list.txt").write_text(LIST)
-    assert main([*FLAGS, "--prompts", str(folder / "list.txt"), "--out", str(folder / "out")]) == 1
-    return folder
+    return list_alone(tmp_path_factory.mktemp("alone"))
 
 
 def test_good_requests_are_done_and_bad_ones_recorded(alone):
@@ -68,10 +37,11 @@ def test_good_requests_are_done_and_bad_ones_recorded(alone):
 
 def test_replicas_of_several_ranks_make_the_same_clips(alone, tmp_path):
     flags = [*FLAGS, "--prompts", str(alone / "list.txt"), "--dp", "2", "--out", str(tmp_path / "out")]
-    process = torchrun(4, SCRIPT, *flags, "--shard-weights")
-    assert "dp2-cfg2-cp1: 4 requests are 2 turns of 2 replicas of 2 ranks" in process.stdout  # two are bad
-    assert "[rank" not in process.stderr
-    assert f"traceback : 2 of 6 requests failed; {tmp_path / 'out' / 'results.jsonl'} says why" in process.stderr
+    ranks = run_command([*flags, "--shard-weights"], 4, tmp_path)
+    assert ranks.exit_codes == [1] * 4
+    assert "dp2-cfg2-cp1: 4 requests are 2 turns of 2 replicas of 2 ranks" in ranks.stdout[0]  # two are bad
+    assert "[rank" not in "".join(ranks.stderr)
+    assert ranks.reports == [f"2 of 6 requests failed; {tmp_path / 'out' / 'results.jsonl'} says why"] * 4
     expected, found = clips(alone / "out"), clips(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -82,60 +52,6 @@ def test_replicas_of_several_ranks_make_the_same_clips(alone, tmp_path):
     assert set(metrics["comms"]) == {"cfg", "other"}  # the latter are weights; replicas send each other nothing
     assert metrics["comms"]["other"].keys() == {"all_gather"}
     assert metrics["replica"] == done["three"]["replica"]
-
-
-@pytest.mark.parametrize("whom", ["a rank", "everybody"])
-def test_a_killed_run_goes_on_where_it_was(whom, alone, tmp_path):
-    out = tmp_path / "out"
-    flags = [*FLAGS, "--prompts", str(alone / "list.txt"), "--out", str(out), "--resume"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([*launcher, SCRIPT, *flags], env=environment, start_new_session=True, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(out.glob("*/metrics.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if whom == "everybody":
-        os.killpg(run.pid, signal.SIGKILL)
-        for rank in ranks_of(str(out)):
-            os.kill(rank, signal.SIGKILL)
-    else:
-        os.kill(ranks_of(str(out))[-1], signal.SIGKILL)
-    run.communicate(timeout=60)
-    torchrun(2, SCRIPT, *flags)
-    expected, found = clips(alone / "out"), clips(out)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert records(out).keys() == {*NAMES, *FAILED}
-    assert not list(out.glob(".*"))
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", "python"])
-def test_standard_input_reaches_ranks_that_are_yet_to_be_started(launcher, tmp_path):
-    command = [sys.executable, SCRIPT, "--cfg", "2"]
-    if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
-    flags = [*FLAGS, "--steps", "1", "--prompts", "-", "--dp", "1", "--out", str(tmp_path / "out"), "--timeout", "4"]
-    (tmp_path / "list.txt").write_text(LIST)
-    seconds = 14 if launcher == "torchrun" else 0  # longer than the time-out of ranks that wait
-    slowly = ["sh", "-c", f"sleep {seconds}; cat {tmp_path / 'list.txt'}"]
-    with subprocess.Popen(slowly, stdout=subprocess.PIPE) as typing:
-        process = subprocess.run([*command, *flags], stdin=typing.stdout, capture_output=True, timeout=120)
-    assert sorted(clips(tmp_path / "out")) == sorted(NAMES), process.stderr
-    assert records(tmp_path / "out").keys() == {*NAMES, *FAILED}
-    assert {p.name for p in tmp_path.iterdir()} == {"list.txt", "out"}
-
-
-def ranks_of(word: str) -> list[int]:
-    """Processes that run the script itself with that among their arguments."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            arguments = (process / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if word in arguments and SCRIPT in arguments[:3]:
-            found.append(int(process.name))
-    return sorted(found)
 
 
 def test_resume_does_nothing_twice_and_mistakes_no_request_for_another(alone, tmp_path, capfd):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import on_ranks
 import pytest
 from ranks import run_on_ranks
 
@@ -8,7 +9,7 @@ from meshdiff.distributed.consensus import agreed, all_gather_object, check_same
 
 
 def test_every_rank_hears_of_one_ranks_failure_of_different_flags_and_of_different_meetings(tmp_path):
-    heard = run_on_ranks("agreement", 3, tmp_path)
+    heard = run_on_ranks(on_ranks.agreement, 3, tmp_path)
     for rank, lines in enumerate(heard):
         here, there, other = ("the end", "the beginning", 0) if rank == 1 else ("the beginning", "the end", 1)
         assert lines == [

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
+import pytest
+import torch
 import torch.distributed as dist
-from ranks import torchrun
+from ranks import start_on_ranks
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff import Layout, init_mesh
@@ -20,10 +18,11 @@ from meshdiff.distributed.world import store
 SECONDS = 2
 
 
+@pytest.mark.serial
 def test_every_group_of_a_mesh_has_the_time_out_of_the_run(tmp_path):
-    process = torchrun(4, __file__, str(tmp_path))
-    assert process.returncode == 0, process.stderr[-3000:]
-    waited = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1, 2)]
+    ranks = start_on_ranks(on_ranks, 4, tmp_path, world=False)
+    assert ranks.exit_codes == [0] * 4, ranks
+    waited = [torch.load(ranks.results[rank]) for rank in (0, 1, 2)]
     assert {name for of_rank in waited for name in of_rank} == {"cfg", "cp", "replica", "ring"}
     assert all(SECONDS / 2 < seconds < SECONDS * 5 for of_rank in waited for seconds in of_rank.values()), waited
 
@@ -37,16 +36,8 @@ def groups() -> dict[str, DeviceMesh]:
     return {"cfg": mesh["cfg"], "cp": mesh["cp"], "replica": ranks_of_replica(several), "ring": ring["ring"]}
 
 
-def wait_for_all(folder: Path) -> None:
-    """Until every rank has imported what it needs, which may take some longer than the time-out."""
-    (folder / f"here-{os.environ['RANK']}").touch()
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("here-*"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-if __name__ == "__main__":
-    wait_for_all(Path(sys.argv[1]))
+def on_ranks() -> dict[str, float]:
+    """How long this rank waits for rank 3 in each of the groups of both."""
     waited, own = {}, groups()
     for name, mesh in own.items():
         if 3 in mesh.mesh.flatten().tolist() and dist.get_rank() != 3:
@@ -55,6 +46,6 @@ if __name__ == "__main__":
                 dist.all_gather_object([None] * mesh.size(), 0, group=mesh.get_group())
             except RuntimeError:
                 waited[name] = time.monotonic() - began
-    Path(sys.argv[1], str(dist.get_rank())).write_text(json.dumps(waited))
     store().set(f"ended/{dist.get_rank()}", "")
     store().wait([f"ended/{rank}" for rank in range(4)], timedelta(seconds=60))
+    return waited

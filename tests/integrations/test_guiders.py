@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +11,12 @@ import torch.distributed as dist
 from diffusers.guiders import AutoGuidance, ClassifierFreeGuidance, SkipLayerGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.modular_pipelines import WanBlocks
-from ranks import torchrun
+from ranks import run_on_every_rank
 from torch import Tensor
 
 from experiments.tiny_models.pipelines import PIPELINES
 from meshdiff import Layout, init_mesh
 from meshdiff.autoshard.numerics import difference
-from meshdiff.distributed.consensus import all_gather_object
-from meshdiff.distributed.mesh import init_distributed
 from meshdiff.integrations.diffusers import parallelize
 
 SKIPPED = {"indices": [1], "fqn": "blocks"}
@@ -81,9 +77,7 @@ def on_ranks() -> dict[str, tuple[float, dict[str, str]]]:
 
 
 def test_guiders_on_real_ranks(tmp_path):
-    process = torchrun(2, str(Path(__file__)), str(tmp_path / "found.pt"), timeout=200)
-    assert process.returncode == 0, process.stderr[-6000:]
-    for found in torch.load(tmp_path / "found.pt"):
+    for found in run_on_every_rank(on_ranks, 2, tmp_path, timeout=200):
         assert {key: error <= 1e-5 for key, (error, _) in found.items()} == dict.fromkeys(found, True)
         told = {key: why["transformer"] for key, (_, why) in found.items() if why}
         assert told == {"skip-layer cfg2-cp1": CHANGED, "auto cfg2-cp1": CHANGED}
@@ -92,12 +86,4 @@ def test_guiders_on_real_ranks(tmp_path):
 def test_what_is_no_model_is_one_line():
     with pytest.raises(ValueError, match="takes a model or a pipeline of diffusers; given a WanBlocks"):
         parallelize(WanBlocks(), init_mesh(Layout(), "cpu"))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    init_distributed()
-    of_every_rank = all_gather_object(on_ranks())
-    if dist.get_rank() == 0:
-        torch.save(of_every_rank, sys.argv[1])
     dist.destroy_process_group()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DPMSolverSinglestepScheduler
-from ranks import run_on_ranks
+from pipeline_cases import of_pipelines
+from ranks import run_command, run_on_ranks
 from safetensors.torch import load_file, save_file
 
 from experiments.tiny_models.pipelines import PIPELINES
@@ -23,7 +24,7 @@ FLAGS = ("--model", "diffusers", "--wandb", "disabled", "--steps", "2", "--heigh
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_pipelines_on_real_ranks_make_the_same_images(ranks, tmp_path):
-    results = run_on_ranks("pipelines", ranks, tmp_path)
+    results = run_on_ranks(of_pipelines, ranks, tmp_path)
     guided = results.pop("guidance")
     assert results.keys() == PIPELINES.keys()
     assert {name: found[0] <= BOUND for name, found in results.items()} == dict.fromkeys(results, True)
@@ -86,11 +87,18 @@ REPLICATED = r"model_index.json cannot be read \(.*\); name the folder of a pipe
 TWO = r"this run has 1 guidance branch \(two need --true-cfg-scale above 1 and a --negative-prompt\); use --cfg 1$"
 
 
+def clip(world_size: int, flags: list[str], folder: Path) -> None:
+    """Makes it in this process, or on forked ranks."""
+    codes = [main(flags)] if world_size == 1 else run_command(flags, world_size, folder).exit_codes
+    assert not any(codes)
+
+
 def test_a_folder_is_run_like_any_other_model(folders, tmp_path):
     (tmp_path / "list.txt").write_text('a cat\n{"prompt": "a dog", "seed": 3, "guidance_scale": 2.0}\n{"frames": 4}\n')
     flags = [*FLAGS, "--checkpoint", str(folders / "flux"), "--prompts", str(tmp_path / "list.txt")]
     assert main([*flags, "--cp", "1", "--cfg", "1", "--out", str(tmp_path / "one")]) == 1  # a line is bad
-    assert main([*flags, "--cp", "2", "--cfg", "1", "--dp", "1", "--out", str(tmp_path / "two")]) == 1
+    on_two = [*flags, "--cp", "2", "--cfg", "1", "--dp", "1", "--out", str(tmp_path / "two")]
+    assert run_command(on_two, 2, tmp_path).exit_codes == [1, 1]
     for name in ("0001-a-cat", "0002-a-dog"):
         one, two = (load_file(tmp_path / n / name / "video.safetensors")["video"] for n in ("one", "two"))
         assert one.shape == (1, 3, 80, 112)
@@ -104,7 +112,7 @@ def test_a_folder_is_run_like_any_other_model(folders, tmp_path):
         "--frames: is no option of a FluxPipeline; leave it out"
     ]
     before = (tmp_path / "two" / "0001-a-cat" / "metrics.json").stat().st_mtime_ns
-    assert main([*flags, "--cp", "2", "--cfg", "1", "--dp", "1", "--out", str(tmp_path / "two"), "--resume"]) == 1
+    assert run_command([*on_two, "--resume"], 2, tmp_path).exit_codes == [1, 1]
     assert (tmp_path / "two" / "0001-a-cat" / "metrics.json").stat().st_mtime_ns == before
 
 
@@ -113,12 +121,13 @@ def test_a_clip_depends_on_its_request_alone(folders, tmp_path):
     flags = [*FLAGS, "--frames", "5", "--checkpoint", str(folders / "drawing"), "--cfg", "1"]
     clips = []
     for name, more in (
-        ("one", ["--prompt", "a cat", "--cp", "1"]),
-        ("again", ["--prompt", "a cat", "--cp", "1"]),
-        ("second", ["--prompts", str(tmp_path / "list.txt"), "--cp", "1"]),
-        ("ranks", ["--prompts", str(tmp_path / "list.txt"), "--cp", "2", "--dp", "1"]),
+        ("one", ["--prompt", "a cat"]),
+        ("again", ["--prompt", "a cat"]),
+        ("second", ["--prompts", str(tmp_path / "list.txt")]),
+        ("ranks", ["--prompts", str(tmp_path / "list.txt"), "--dp", "1"]),
     ):
-        assert main([*flags, *more, "--out", str(tmp_path / name)]) == 0
+        ranks = 2 if name == "ranks" else 1
+        clip(ranks, [*flags, *more, "--cp", str(ranks), "--out", str(tmp_path / name)], tmp_path)
         (video,) = [path for path in (tmp_path / name).rglob("video.safetensors") if "dog" not in str(path)]
         clips.append(load_file(video)["video"])
         torch.rand(1)  # the next one finds another state
@@ -145,9 +154,9 @@ def test_weights_that_no_file_has_are_the_same_every_time(folders, tmp_path):
 def test_captured_steps_make_the_same_clip(folders, tmp_path):
     flags = [*FLAGS[:-6], "--steps", "7", *FLAGS[-4:], "--checkpoint", str(folders / "flux"), "--cfg", "1"]
     videos = []
-    for ranks, capture in (("1", []), ("1", ["--capture"]), ("2", ["--capture"])):
+    for ranks, capture in ((1, []), (1, ["--capture"]), (2, ["--capture"])):
         out = tmp_path / f"{ranks}{len(capture)}"
-        assert main([*flags, "--cp", ranks, *capture, "--out", str(out)]) == 0
+        clip(ranks, [*flags, "--cp", str(ranks), *capture, "--out", str(out)], tmp_path)
         videos.append(load_file(out / "video.safetensors")["video"])
         told = json.loads((out / "metrics.json").read_text())["captured"]
         assert told.keys() == ({"transformer"} if capture else set())

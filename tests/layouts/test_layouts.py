@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 
+import draws
+import on_ranks
 import pytest
 import torch
 from contract import attention, of_rank, run_traffic
@@ -42,7 +44,7 @@ def cases(draw):
     )
 
 
-@settings(max_examples=8)
+@settings(max_examples=draws.times(8))
 @given(case=cases(), heads=st.sampled_from([4, 6, 8]))
 def test_simulated_layouts_agree_with_one_device_and_keep_the_contract(case, heads):
     layout, request, branches = case
@@ -80,7 +82,7 @@ def test_a_run_takes_the_strategy_that_is_asked_for(strategy):
 
 
 def test_hybrid_on_real_ranks_agrees_and_keeps_the_contract(tmp_path):
-    video, ranks = run_on_ranks("hybrid", 4, tmp_path)
+    video, ranks = run_on_ranks(on_ranks.hybrid, 4, tmp_path)
     torch.testing.assert_close(video, on_one_device(REQUEST, 2, 6), rtol=0, atol=TOLERANCE)
     config = tiny_model().config
     for rank, traffic in enumerate(ranks):
@@ -102,7 +104,7 @@ REAL = {2: [(2, 1), (1, 2)], 3: [(1, 3), (3, 1)], 4: [(2, 2), (1, 4)], 8: [(2, 4
 
 @pytest.mark.parametrize("world_size", REAL)
 def test_real_ranks_agree_with_one_device_and_keep_the_contract(world_size, tmp_path):
-    results = run_on_ranks("layouts", world_size, tmp_path)
+    results = run_on_ranks(on_ranks.layouts, world_size, tmp_path)
     for cfg, cp in REAL[world_size]:
         layout, branches = Layout(cfg, cp), 3 if cfg == 3 else 2
         video, ranks = results[str(layout)]
@@ -114,7 +116,7 @@ def test_real_ranks_agree_with_one_device_and_keep_the_contract(world_size, tmp_
 
 
 def test_compiled_blocks_give_the_same_and_send_the_same(tmp_path):
-    video, ranks = run_on_ranks("compiled", 3, tmp_path)
+    video, ranks = run_on_ranks(on_ranks.compiled, 3, tmp_path)
     torch.testing.assert_close(video, on_one_device(REQUEST, 2, 6), rtol=0, atol=TOLERANCE)
     expected = run_traffic(Layout(1, 3), tiny_model().config, REQUEST, 2)
     for rank, traffic in enumerate(ranks):

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import run_on_ranks
+from ranks import run_on_every_rank
 
 from meshdiff import CommsCounter, InputError, Layout, init_mesh, simulate
 from meshdiff.distributed.simulation import on_each_rank
@@ -114,11 +114,14 @@ def test_simulated_ranks_agree_with_diffusers_and_each_decodes_its_own(layout, p
     assert comms == traffic(layout, MOST[layout.world_size], patch)
 
 
+def on_ranks() -> list[tuple[Layout, torch.Tensor, dict]]:
+    """The decoded video and what was sent, on two layouts."""
+    return [(layout, *decoded(layout, latents(*SIZE))) for layout in (Layout(2, 2), Layout(1, 4))]
+
+
 def test_real_ranks_agree_with_diffusers(tmp_path):
-    results = run_on_ranks("tiles", 4, tmp_path)
-    for layout in (Layout(2, 2), Layout(1, 4)):
-        assert len(results[str(layout)]) == 4
-        for video, comms in results[str(layout)]:
+    for of_layouts in run_on_every_rank(on_ranks, 4, tmp_path):
+        for layout, video, comms in of_layouts:
             assert agree(video, by_diffusers())
             assert comms == traffic(layout, MOST[4])
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from contract import of_rank
-from ranks import run_on_ranks
+from ranks import run_on_every_rank
 from tiny import alone
 from tiny_wan import LEVELS, REQUEST, TOKENS, by_diffusers, checkpoint, make, request, traffic
 
@@ -108,14 +109,23 @@ def test_experts_share_a_run(root, references):
     assert not torch.allclose(references["2.1"], references["2.2"], atol=1e-2)
 
 
+def on_ranks(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, dict, list[int]]]:
+    """The clip, traffic and counts, of both versions and of places for weights."""
+    world = dist.get_world_size()
+    layout = Layout(2, world // 2) if world % 2 == 0 else Layout(1, world)
+    runs = [("2.1", "plain"), ("2.1", "sharded"), ("2.1", "offloaded"), ("2.2", "plain")]
+    mesh = init_mesh(layout, "cpu")  # one for all runs: an equal one would send on the groups of the first
+    return {run: make(root, mesh, *run) for run in runs}
+
+
 @pytest.mark.parametrize("layout", [Layout(2, 2), Layout(1, 3)], ids=str)
-def test_real_ranks_give_the_clip_of_one_process_wherever_weights_lie(root, references, one_process, layout):
-    runs = run_on_ranks("wan", layout.world_size, root)
+def test_real_ranks_give_the_clip_of_one_process_wherever_weights_lie(root, references, one_process, layout, tmp_path):
+    of_ranks = run_on_every_rank(on_ranks, layout.world_size, tmp_path, root)
     model = WanModel.open(str(checkpoint(root) / "diffusers"))
     depth = model.config.depth
-    for (version, level), ranks in runs.items():
-        sharded = LEVELS[level].get("shard_weights", False)
-        for rank, (video, sent, (encoded, projected)) in enumerate(ranks):
+    for rank, runs in enumerate(of_ranks):
+        for (version, level), (video, sent, (encoded, projected)) in runs.items():
+            sharded = LEVELS[level].get("shard_weights", False)
             torch.testing.assert_close(video, references[version], rtol=0, atol=1e-4)
             assert torch.equal(video, one_process[version])
             assert encoded == (rank == 0)

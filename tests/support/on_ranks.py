@@ -1,15 +1,10 @@
-"""The half of the tests that runs inside real ranks; started by `ranks.run_on_ranks`.
-
-A check is a function that every rank calls; what it returns on rank 0 is saved.
-"""
+"""Checks that run on real ranks, for `ranks.run_on_ranks`: functions that every rank calls, in a world of all."""
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
-from datetime import timedelta
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -19,9 +14,14 @@ from tiny import make
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from meshdiff import InputError, Layout, MeshAttention, mesh_attention
+from meshdiff.cli import run
 from meshdiff.distributed.consensus import agreed, all_gather_object, check_same
-from meshdiff.distributed.launch import end_process
-from meshdiff.distributed.mesh import init_distributed, init_mesh, place
+from meshdiff.distributed.mesh import init_mesh, place
+
+
+def command(flags: list[str]) -> NoReturn:
+    """`meshdiff run`, which forms a world itself."""
+    sys.exit(run.command(flags))
 
 
 def layouts() -> dict:
@@ -139,157 +139,3 @@ def agreement() -> list[str]:
     except RuntimeError as error:
         heard.append(str(error).partition(";")[0])
     return all_gather_object(heard)
-
-
-def tiles() -> dict:
-    """Every rank's decoded video and traffic, on two layouts of this world."""
-    from tests.models.test_vae_tiling import (  # brings diffusers, which takes seconds that no other check needs
-        SIZE,
-        decoded,
-        latents,
-    )
-
-    world = dist.get_world_size()
-    return {
-        str(layout): all_gather_object(decoded(layout, latents(*SIZE)))
-        for layout in (Layout(2, world // 2), Layout(1, world))
-    }
-
-
-def wan() -> dict:
-    """Every rank's clip, traffic and counts, of both versions and of places for weights."""
-    from tiny_wan import make
-
-    root, world = Path(sys.argv[2]).parent, dist.get_world_size()
-    layout = Layout(2, world // 2) if world % 2 == 0 else Layout(1, world)
-    runs = [("2.1", "plain"), ("2.1", "sharded"), ("2.1", "offloaded"), ("2.2", "plain")]
-    mesh = init_mesh(layout, "cpu")  # one for all runs: an equal one would send on the groups of the first
-    return {run: all_gather_object(make(root, mesh, *run)) for run in runs}
-
-
-def untouched() -> dict:
-    """Models of diffusers on all ranks: see `untouched_cases.of_diffusers`, the traffic of every rank."""
-    from untouched_cases import of_diffusers  # brings diffusers
-
-    mesh, results = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
-    for name in (
-        "WanTransformer3DModel",
-        "FluxTransformer2DModel",
-        "SD3Transformer2DModel",
-        "QwenImageTransformer2DModel",
-        "ZImageTransformer2DModel",  # lists in and out
-        "HiDreamImageTransformer2DModel",  # experts that are chosen by the data
-        "GlmImageTransformer2DModel",  # writes to slices
-        "MochiTransformer3DModel",
-    ):
-        error, share, calls, traffic, whole = of_diffusers(name, mesh)
-        results[name] = error, share, calls, all_gather_object(traffic), whole
-    return results
-
-
-def untouched_calls() -> list[tuple[dict, int, int]]:
-    """Of every rank: errors of small models called several times; FLOPs of a later call as counted, and as expected."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from meshdiff import parallelize
-    from meshdiff.attention.problem import chunk_sizes
-    from meshdiff.autoshard.numerics import difference
-    from tests.autoshard.test_calls import BODIES, CALLS, Tokens
-    from tests.autoshard.test_parallelize import Joint
-
-    mesh, errors = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
-    torch.manual_seed(0)
-    models = {body.__name__: (Tokens(body), [(hidden,) for hidden in CALLS]) for body in BODIES}
-    models |= {
-        f"joint {change}": (Joint(change), [(hidden, hidden[:, :5] * 2) for hidden in CALLS])
-        for change in ("", "source", "join", "view")
-    }
-    with torch.no_grad():
-        for name, (model, calls) in models.items():
-            expected = [copy.deepcopy(model)(*(tensor.clone() for tensor in call)) for call in calls]
-            if "cached" in name:  # by one model, from call to call
-                alone = copy.deepcopy(model)
-                expected = [alone(*call) for call in calls]
-            parallel = parallelize(model, mesh)
-            found = [parallel(*call) for call in calls]
-            errors[name] = max(difference(*pair) for pair in zip(found, expected, strict=True))
-        model = Tokens(lambda block, x, y: y)
-        parallel = parallelize(model, mesh)
-        for (hidden,) in [(hidden,) for hidden in CALLS]:
-            with FlopCounterMode(display=False) as counter:
-                parallel(hidden)
-    batch, length, channels = CALLS[0].shape
-    rows = batch * chunk_sizes(length, mesh.size())[mesh.get_local_rank()]
-    return all_gather_object((errors, counter.get_total_flops(), 4 * 2 * rows * channels * channels))
-
-
-def captured() -> dict:
-    """Of models whose calls are captured: errors, and what became of the calls."""
-    from tests.autoshard.capture.test_graph_capture import on_this_rank
-
-    return on_this_rank()
-
-
-def captured_and_changed_on_one_rank() -> None:
-    """Rank 1 alone changes a model that is captured; ends with an error."""
-    from meshdiff import parallelize
-    from meshdiff.distributed.consensus import store
-    from tests.autoshard.capture.test_graph_capture import MANY, Model, nothing, set_factor
-
-    store().set_timeout(timedelta(seconds=3))
-    model = Model(nothing)
-    parallelize(model, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], capture=True)
-    with torch.no_grad():
-        for step in MANY:
-            step(model)
-        if dist.get_rank() == 1:
-            set_factor(model)
-        for step in MANY:
-            step(model)
-
-
-def captured_traffic() -> list:
-    """Of every rank: what a call sends on shards and as a program, and what comes of a compiled one."""
-    from tests.autoshard.capture.test_programs import traffic_and_compiled
-
-    return traffic_and_compiled()
-
-
-def captured_shapes() -> list:
-    """Of every rank: what becomes of the programs of more shapes than are kept."""
-    from tests.autoshard.capture.test_call_kinds import of_many_shapes
-
-    return all_gather_object(of_many_shapes())
-
-
-def untouched_gradients() -> float:
-    """The largest relative error of a gradient of a model on shards, on any rank."""
-    from untouched_cases import Model, inputs
-
-    from meshdiff import parallelize
-    from meshdiff.autoshard.numerics import difference
-
-    one, other, given = Model("rows"), Model("rows"), inputs()
-    one(**given).square().sum().backward()
-    parallel = parallelize(other, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"])
-    parallel(**given).square().sum().backward()
-    assert not parallel.whole
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max(all_gather_object(max(difference(found.grad, expected.grad) for expected, found in pairs)))
-
-
-def pipelines() -> dict:
-    """Pipelines of diffusers on this world's layouts: the error, and the traffic of a call that is not the first."""
-    from pipeline_cases import of_pipelines
-
-    return of_pipelines(dist.get_world_size())
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    init_distributed()
-    outcome = globals()[sys.argv[1]]()
-    if dist.get_rank() == 0:
-        torch.save(outcome, sys.argv[2])
-    dist.destroy_process_group()
-    end_process(0)

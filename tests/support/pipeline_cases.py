@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from meshdiff.distributed.consensus import all_gather_object
 from meshdiff.integrations.diffusers import parallelize
 
 
-def of_pipelines(world: int) -> dict[str, Any]:
+def of_pipelines() -> dict[str, Any]:
     """Of every pipeline: the larger error of two calls, and every rank's traffic of the second."""
     logging.set_verbosity_error()
+    world = dist.get_world_size()
     mesh = init_mesh(Layout(cfg=2, cp=world // 2) if world % 2 == 0 else Layout(cp=world), "cpu")
     results: dict[str, Any] = {}
     for name, build in PIPELINES.items():

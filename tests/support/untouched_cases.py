@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from experiments.tiny_models.transformers import TINY
-from meshdiff import CommsCounter, parallelize
+from meshdiff import CommsCounter, Layout, init_mesh, parallelize
 from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.consensus import all_gather_object
 from meshdiff.distributed.simulation import outside, unwrap
 
 CHANNELS, HEADS = 12, 3
@@ -115,6 +117,35 @@ def of_diffusers(name: str, mesh: Any) -> tuple[float, float, dict, dict, dict]:
     calls = {row["block"]: row["collectives"] for row in report.table()}
     error = max(difference(one, expected) for one in (first, second))
     return error, report.sharded_share, calls, comms.as_dict(), report.whole
+
+
+def many_of_diffusers() -> dict[str, tuple]:
+    """Models of diffusers on all ranks: see `of_diffusers`, the traffic of every rank."""
+    mesh, results = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], {}
+    for name in (
+        "WanTransformer3DModel",
+        "FluxTransformer2DModel",
+        "SD3Transformer2DModel",
+        "QwenImageTransformer2DModel",
+        "ZImageTransformer2DModel",  # lists in and out
+        "HiDreamImageTransformer2DModel",  # experts that are chosen by the data
+        "GlmImageTransformer2DModel",  # writes to slices
+        "MochiTransformer3DModel",
+    ):
+        error, share, calls, traffic, whole = of_diffusers(name, mesh)
+        results[name] = error, share, calls, all_gather_object(traffic), whole
+    return results
+
+
+def largest_gradient_error() -> float:
+    """The largest relative error of a gradient of a model on shards, on any rank."""
+    one, other, given = Model("rows"), Model("rows"), inputs()
+    one(**given).square().sum().backward()
+    parallel = parallelize(other, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"])
+    parallel(**given).square().sum().backward()
+    assert not parallel.whole
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(all_gather_object(max(difference(found.grad, expected.grad) for expected, found in pairs)))
 
 
 def outside_made(name: str) -> dict[str, Any]:

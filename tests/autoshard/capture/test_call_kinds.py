@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import run_on_every_rank
 from torch import nn
 from untouched_cases import CHANNELS
 
@@ -96,7 +96,7 @@ def of_many_shapes() -> tuple[float, int, int, int, str, int]:
 
 @pytest.mark.parametrize("ranks", [2])
 def test_a_new_shape_is_captured_and_the_one_used_longest_ago_let_go(ranks, tmp_path):
-    for error, programs, alive, runs, told, shadows in run_on_ranks("captured_shapes", ranks, tmp_path):
+    for error, programs, alive, runs, told, shadows in run_on_every_rank(of_many_shapes, ranks, tmp_path):
         assert error <= 1e-5
         assert (programs, alive) == (3, 3)
         # Each shape is found out, watched, captured and tried; the first again, but for what was found out.

@@ -8,18 +8,20 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import PROGRAM, run_on_ranks, torchrun
+from ranks import run_on_ranks, start_on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from unseen import unseen
 
 from meshdiff import Layout, init_mesh, parallelize, simulate
 from meshdiff.autoshard.numerics import difference
+from meshdiff.distributed.consensus import store
 from tests.autoshard.test_calls import BODIES, CALLS, Tokens
 from tests.autoshard.test_parallelize import Joint
 
@@ -293,15 +295,15 @@ CASES = {
     "a hook from some call on": Case([*MANY, change(hook), *MANY], runs=11, told="attn_in has hooks"),
     "a hook on one rank": Case([change(hook_on_one_rank), *MANY], told="attn_in has hooks"),
     "a forward": Case([change(forward_of_its_own), *MANY], told="attn_in has a forward of its own"),
-    "an item": Case(MANY, item, told="item (test_untouched_capture.py:"),
+    "an item": Case(MANY, item, told="item (test_graph_capture.py:"),
     "a choice": Case(MANY, choice, told="depends on values of a tensor"),
     "NaN in places": Case(MANY, nan_in_places, runs=4, programs=1, told="Captured"),
     "NaN": Case(MANY, lambda model, tokens: float("nan"), told="nothing but NaN and infinities, to which no program"),
-    "a list": Case(MANY, numbers, told="tolist (test_untouched_capture.py:"),
-    "an array": Case(MANY, array, told="numpy (test_untouched_capture.py:"),
-    "a tensor of tensors": Case(MANY, tensor_of_tensors, told="tensor (test_untouched_capture.py:"),
-    "what is true": Case(MANY, what_is_true, told="index (test_untouched_capture.py:"),
-    "equality": Case(MANY, equality, told="equal (test_untouched_capture.py:"),
+    "a list": Case(MANY, numbers, told="tolist (test_graph_capture.py:"),
+    "an array": Case(MANY, array, told="numpy (test_graph_capture.py:"),
+    "a tensor of tensors": Case(MANY, tensor_of_tensors, told="tensor (test_graph_capture.py:"),
+    "what is true": Case(MANY, what_is_true, told="index (test_graph_capture.py:"),
+    "equality": Case(MANY, equality, told="equal (test_graph_capture.py:"),
     "state": Case(MANY, state, told="it changes last"),
     "a weight that it writes": Case(MANY, buffer, told="writes to what it has not made"),
     "an input that it writes": Case(MANY, input_, told="writes to what it has not made"),
@@ -357,7 +359,7 @@ def on_this_rank() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request, tmp_path_factory):
-    return run_on_ranks("captured", request.param, tmp_path_factory.mktemp("captured"))
+    return run_on_ranks(on_this_rank, request.param, tmp_path_factory.mktemp("captured"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -380,11 +382,25 @@ def test_every_body_is_that_of_one_device(results):
     assert captured >= {"", "source", "join", "view"}
 
 
+def changed_on_one_rank() -> None:
+    """Rank 1 alone changes a model that is captured; ends with an error."""
+    store().set_timeout(timedelta(seconds=3))
+    model = Model(nothing)
+    parallelize(model, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], capture=True)
+    with torch.no_grad():
+        for step in MANY:
+            step(model)
+        if dist.get_rank() == 1:
+            set_factor(model)
+        for step in MANY:
+            step(model)
+
+
 def test_a_rank_that_alone_changes_the_model_is_told(tmp_path):
-    process = torchrun(2, str(PROGRAM), "captured_and_changed_on_one_rank", str(tmp_path / "none"))
-    assert process.returncode != 0
+    ranks = start_on_ranks(changed_on_one_rank, 2, tmp_path)
+    assert ranks.exit_codes[1] == 1, ranks
     told = "other ranks have gone another way; what ended the call here: Model was changed: blocks.1.settings"
-    assert re.search(rf"\[rank1\]: RuntimeError: {re.escape(told)}", process.stderr), process.stderr[-3000:]
+    assert re.search(rf"\[rank1\]: RuntimeError: {re.escape(told)}", ranks.stderr[1]), ranks
 
 
 def test_a_simulation_has_no_programs():

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import run_on_every_rank
 
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize
 from meshdiff.autoshard.numerics import difference
-from meshdiff.distributed.consensus import all_gather_object
 from tests.autoshard.test_calls import CALLS
 from tests.autoshard.test_parallelize import Joint
 
@@ -51,11 +50,11 @@ def traffic_and_compiled() -> tuple[Any, Any, list[float], str, list[str]]:
     errors = [difference(output, outputs[0]) for output in outputs]
     told = [handle.captured for handle in handles]
     same = torch.equal(outputs[0], outputs[1])
-    return all_gather_object((sent[:2], same, errors, handles[1].programs[0].code, told))
+    return sent[:2], same, errors, handles[1].programs[0].code, told
 
 
 def test_a_program_sends_what_the_model_sends_and_can_be_read_and_compiled(tmp_path):
-    for sent, same, errors, code, told in run_on_ranks("captured_traffic", 3, tmp_path):
+    for sent, same, errors, code, told in run_on_every_rank(traffic_and_compiled, 3, tmp_path):
         assert sent[0] == sent[1]
         assert same
         assert max(errors) <= 1e-5

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from ranks import torchrun
+from ranks import run_on_every_rank
 from torch import Tensor, nn
 
 from meshdiff import Layout, init_mesh, simulate
 from meshdiff.autoshard import Guidance
-from meshdiff.distributed.consensus import all_gather_object
-from meshdiff.distributed.mesh import init_distributed
 from meshdiff.distributed.simulation import unwrap
 
 CHANGED = "the first of which had not run yet; look at its output before changing the model, or use a mesh without cfg"
@@ -290,10 +286,7 @@ def test_a_step_gives_what_one_device_gives(step, warm):
 
 
 def test_a_step_gives_what_one_device_gives_on_real_ranks(tmp_path):
-    process = torchrun(2, str(Path(__file__)), str(tmp_path / "found.pt"), timeout=120)
-    assert process.returncode == 0, process.stderr[-6000:]
-    of_ranks = torch.load(tmp_path / "found.pt")
-    for of_rank in of_ranks:
+    for of_rank in run_on_every_rank(on_ranks, 2, tmp_path, timeout=120):
         steps = of_rank.pop("steps")
         assert {step.__name__: torch.equal(steps[step.__name__], expected(step)) for step in STEPS} == {
             step.__name__: True for step in STEPS
@@ -364,11 +357,3 @@ def test_a_pipeline_is_on_a_mesh_as_a_whole_or_not_at_all():
 def on_ranks() -> dict[str, object]:
     found: dict[str, object] = {"steps": {step.__name__: step(guided(2)) + 0 for step in STEPS}}
     return found | {what: of_change(what) for what in CHANGES}
-
-
-if __name__ == "__main__":
-    init_distributed()
-    of_every_rank = all_gather_object(on_ranks())
-    if torch.distributed.get_rank() == 0:
-        torch.save(of_every_rank, sys.argv[1])
-    torch.distributed.destroy_process_group()

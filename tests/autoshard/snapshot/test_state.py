@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import torchrun
+from ranks import run_on_every_rank
 from stateful_models import (
     CACHE,
     STEPS,
@@ -34,8 +32,6 @@ from torch import Tensor, nn
 
 from meshdiff import Layout, init_mesh, simulate
 from meshdiff.autoshard import Guidance
-from meshdiff.distributed.consensus import all_gather_object
-from meshdiff.distributed.mesh import init_distributed
 from meshdiff.distributed.simulation import unwrap
 
 STATEFUL = [Counter, Cache, Average, Residual, OfClass, Global, patched, hooked, Late]
@@ -278,10 +274,7 @@ def on_ranks() -> dict[str, Any]:
 
 
 def test_real_ranks_are_right_as_well(tmp_path):
-    process = torchrun(2, str(Path(__file__)), str(tmp_path / "found.pt"), timeout=200)
-    assert process.returncode == 0, process.stderr[-6000:]
-    ranks = torch.load(tmp_path / "found.pt")
-    for rank, found in enumerate(ranks):
+    for rank, found in enumerate(run_on_every_rank(on_ranks, 2, tmp_path, timeout=200)):
         with torch.no_grad():
             for kind in STATEFUL:
                 check(kind, found[kind.__name__])
@@ -297,11 +290,3 @@ def test_real_ranks_are_right_as_well(tmp_path):
         alone = "OneRankRaises raised on rank 1 of this mesh and not on all: broken on purpose"
         for batch in (1, 2):
             assert found[f"raises {batch}"] == ("broken on purpose" if rank == 1 else alone)
-
-
-if __name__ == "__main__":
-    init_distributed()
-    of_every_rank = all_gather_object(on_ranks())
-    if dist.get_rank() == 0:
-        torch.save(of_every_rank, sys.argv[1])
-    dist.destroy_process_group()
