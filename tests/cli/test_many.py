@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_resume_does_nothing_twice_and_mistakes_no_request_for_another(alone, tm
         (["--prompts", "latin.txt"], "--prompts: latin.txt is not UTF-8 in line 2; save it as UTF-8"),
         (["--prompts", "list.txt", "--resume"], "--resume: goes on with a list"),
         (["--prompts", "list.txt", "--overwrite"], "--overwrite: is for a single clip"),
-        (["--prompts", "list.txt", "--simulate", "--dp", "2"], "--dp: replicas do different things"),
+        (["--prompts", "list.txt", "--simulate", "--dp", "2"], "--dp: one process cannot simulate replicas"),
         (["--prompts", "list.txt", "--dp", "0"], "--dp: 0 given, needs at least 1"),
     ],
 )
@@ -148,7 +149,7 @@ def test_the_record_is_put_right(tmp_path):
     base = Request("a 7 moving left", steps=2)
     entries = read_requests("a 1\na 2\na 3", base)
     requests = {entry: entry.request for entry in entries}
-    fields = {"seconds_total": 1.5, **{k: v for k, v in vars(base).items() if k != "prompt"}}
+    fields = {"seconds_total": 1.5, **{k: v for k, v in asdict(base).items() if k != "prompt"}}
     for entry in entries[:2]:
         (tmp_path / entry.name).mkdir()
         (tmp_path / entry.name / "metrics.json").write_text(json.dumps({**fields, "prompt": entry.request.prompt}))
