@@ -259,6 +259,13 @@ def captured_shapes() -> list:
     return all_gather_object(of_many_shapes())
 
 
+def dtensor_rules() -> dict[str, list[str]]:
+    """Of every rank: programs that DTensor has wrong, and how."""
+    from test_dtensor_rules import on_this_rank
+
+    return on_this_rank()
+
+
 def untouched_gradients() -> float:
     """The largest relative error of a gradient of a model on shards, on any rank."""
     from untouched_cases import Model, inputs
