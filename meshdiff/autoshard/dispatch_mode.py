@@ -110,7 +110,7 @@ class SafetyMode(TorchDispatchMode):
             return func(*args, **kwargs)
         if self.lazy and (kind.written or any(tensor in self.lazy for tensor in _tensors([*args, *kwargs.values()]))):
             self.lazy.materialize_all()
-        if sharded and torch.Tag.inplace_view in func.tags:
+        if sharded and torch.Tag.inplace_view in func.tags:  # "new shape in place"
             raise UnsafeMutation(f"{kind.name} changes a tensor's shape in place, and shards keep theirs")
         if sharded and not _is_known(kind, args, kwargs):
             raise UnsupportedOnShards(kind.name)
@@ -153,15 +153,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
     tensors = [tensor for tensor in _tensors([*args, *kwargs.values()]) if isinstance(tensor, DTensor)]
+    # Names in quotes are those of programs in tests/autoshard/test_dtensor_rules.py, see `op_traits`.
     partial = any(placement.is_partial() for tensor in tensors for placement in tensor.placements)
     if partial and not kind.view and kind.name not in ("_unsafe_view", "clone", "_to_copy"):
+        return False  # "constant in a partial sum", "write to a partial sum", "number of a partial sum"
+    if kind.random:  # "dropout"
         return False
-    if kind.random or any(tensor.numel() == 0 for tensor in tensors):  # torch's rule for views of nothing never ends
+    if any(tensor.numel() == 0 for tensor in tensors):  # "view of nothing"
         return False
     if kind.pointwise or traits_of(kind.name).shard_safe or (kind.name == "slice" and _takes_all(*args)):
         return True
-    if kind.name == "repeat":
-        return all(tensor.placements[0].is_replicate() or _times(tensor, args[1]) == 1 for tensor in tensors)
     along = traits_of(kind.name).safe_unless_dim
     if along is None or not isinstance(args[0], DTensor):
         return False
@@ -170,12 +171,6 @@ def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
         placement.is_replicate() or (isinstance(placement, Shard) and placement.dim not in dims)
         for placement in args[0].placements
     )
-
-
-def _times(tensor: DTensor, repeats: Any) -> int:
-    """How often the sharded dim is repeated."""
-    placement = tensor.placements[0]
-    return repeats[placement.dim + len(repeats) - tensor.ndim] if isinstance(placement, Shard) else 0
 
 
 def _dims(along: Dim, args: Any, kwargs: Any) -> set[int] | None:

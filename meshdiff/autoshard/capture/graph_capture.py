@@ -31,7 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.capture.call_kinds import KINDS, CallKinds, NotCaptured
-from meshdiff.autoshard.capture.passes import tidy
+from meshdiff.autoshard.capture.passes import BACKEND_PASSES, PASSES, run_passes
 from meshdiff.autoshard.capture.purity import note_output, watching
 from meshdiff.autoshard.fallback import agree_on_fallback, one_line, restore_after
 from meshdiff.autoshard.numerics import difference, has_numbers, one_sided, tolerance
@@ -206,11 +206,8 @@ class GraphCapture:
             return run(args, kwargs)
         note_output(watch, outputs[0])
         if self._settle(kind, watch.found):
-            if self.backend is None:
-                for node in graph.graph.nodes:
-                    node.meta.clear()  # of each result a tensor without values, which take more than all the rest
             with self._same_numbers():
-                tidy(graph, tensors, at_once=self.backend is None)
+                graph = run_passes(graph, tensors, PASSES if self.backend is None else BACKEND_PASSES)
             flat, returned = tree_flatten(outputs[0])
             kind.program = CapturedGraph(
                 graph,

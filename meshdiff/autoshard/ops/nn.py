@@ -25,7 +25,10 @@ HANDLERS = Handlers()
 
 @HANDLERS.of(F.linear)
 def _linear(ctx: ShardingContext, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """DTensor flattens the dims before the last, which it cannot do with a shard of one of them unless it is even."""
+    """A linear layer on each rank's rows; DTensor flattens the dims before the last, see "linear of one row".
+
+    Names in quotes are those of programs in tests/autoshard/test_dtensor_rules.py, see `op_traits`.
+    """
     dim = sharded_dim(input)
     weights = [tensor for tensor in (weight, bias) if tensor is not None]
     if dim is None or dim == input.ndim - 1 or weight.ndim != 2 or any(map(is_sharded, weights)):
@@ -93,7 +96,7 @@ def _dropout(ctx: ShardingContext, input: Tensor, p: float = 0.5, training: bool
 
 @HANDLERS.of(torch.view_as_complex)
 def _view_as_complex(ctx: ShardingContext, input: DTensor) -> Any:
-    """DTensor has no rule for this one and the next; along the last dim a rank needs nothing of others."""
+    """Pairs of each rank's rows as complex numbers, a view: see "write to complex numbers of one row"."""
     dim = sharded_dim(input)
     if dim is None or dim == input.ndim - 1 or input.is_complex() or input.shape[-1] != 2:
         return NotImplemented

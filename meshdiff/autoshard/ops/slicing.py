@@ -1,6 +1,7 @@
 """Cutting and joining, by functions of torch: `cat`, slices, `split` and the like along the sharded dim, and padding.
 
-DTensor would gather; here an exchange moves only the rows whose owner changes, see `reshard`.
+DTensor would gather; here an exchange moves only the rows whose owner changes, see `reshard`. Names in quotes are those
+of programs in tests/autoshard/test_dtensor_rules.py, see `op_traits`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _cat(ctx: ShardingContext, tensors: Sequence[Tensor], dim: int = 0, **kwargs
 
 
 def _cat_of_some(ctx: ShardingContext, tensors: Sequence[Tensor], dim: int) -> Any:
-    """Along another dim, without those that are empty, of which DTensor knows nothing."""
+    """Along another dim, without those that are empty: see "view of nothing"."""
     some = [tensor for tensor in tensors if tensor.shape[dim]]
     if not 0 < len(some) < len(tensors) or len({tensor.dtype for tensor in tensors}) > 1:
         return NotImplemented
@@ -76,7 +77,7 @@ def _split(ctx: ShardingContext, tensor: DTensor, split_size_or_sections: Any, d
 
 
 def _slices(ctx: ShardingContext, tensor: DTensor, sizes: Sequence[int], dim: int) -> Any:
-    """Consecutive parts of another dim; torch gives plain zeros as the gradient of those of a split that have none."""
+    """Consecutive parts of another dim, each with a gradient of its own: see "gradient of a part of a split"."""
     if not (torch.is_grad_enabled() and tensor.requires_grad):
         return NotImplemented
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -154,7 +155,7 @@ def _getitem(ctx: ShardingContext, tensor: Tensor, index: Any) -> Any:
 @HANDLERS.of(Tensor.__setitem__)
 def _setitem(ctx: ShardingContext, tensor: Tensor, index: Any, value: Any) -> Any:
     plain = plain_index(tensor, index)
-    if plain is None or plain.is_number or not isinstance(value, Tensor):
+    if plain is None or plain.is_number or not isinstance(value, Tensor):  # "write of a number" gathers
         return NotImplemented
     (start, stop), dim = plain.entry, plain.dim
     length = tensor.shape[dim]
@@ -246,7 +247,7 @@ def _unbind(ctx: ShardingContext, tensor: DTensor, dim: int = 0) -> Any:
         return NotImplemented
     dim %= tensor.ndim
     if sharded_dim(tensor) != dim:
-        if torch.is_grad_enabled() and tensor.requires_grad:  # see `_slices`
+        if torch.is_grad_enabled() and tensor.requires_grad:  # "gradient of a part of an unbind"
             return tuple(ctx.run(torch.select, (tensor, dim, i), {}) for i in range(tensor.shape[dim]))
         return NotImplemented
     whole = as_replicated(to_plain(tensor), ctx.mesh)
