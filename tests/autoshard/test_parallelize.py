@@ -7,18 +7,11 @@ import threading
 
 import pytest
 import torch
+import untouched_cases
 from contract import attention_bytes
 from ranks import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from untouched_cases import (
-    CHANNELS,
-    Model,
-    inputs,
-    largest_gradient_error,
-    many_of_diffusers,
-    of_diffusers,
-    values,
-)
+from untouched_cases import CHANNELS, Model, inputs, of_diffusers, values
 
 import meshdiff.autoshard.lazy
 from meshdiff import CommsCounter, Layout, init_mesh, parallelize, place, simulate
@@ -61,10 +54,10 @@ def test_a_model_of_diffusers_is_itself_and_gathers_nothing_in_a_block(name):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_on_real_ranks_as_well(ranks, tmp_path):
-    results = run_on_ranks(many_of_diffusers, ranks, tmp_path)
+    results = run_on_ranks(untouched_cases.many_of_diffusers, ranks, tmp_path)
     assert {name: found[0] <= BOUND for name, found in results.items()} == dict.fromkeys(results, True)
     assert {name for name, found in results.items() if found[4]} == set()  # nothing retreated
-    assert run_on_ranks(largest_gradient_error, ranks, tmp_path) <= 1e-4
+    assert run_on_ranks(untouched_cases.largest_gradient_error, ranks, tmp_path) <= 1e-4
     # Wan's contract: two exchanges for each of two self-attentions of 175 tokens with 5 heads of 12, and the output.
     for rank, traffic in enumerate(results["WanTransformer3DModel"][3]):
         assert traffic["cp"]["all_to_all"]["count"] == 4

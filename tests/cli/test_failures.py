@@ -52,8 +52,8 @@ def as_rank(monkeypatch):
     """Lets this process be a rank of two, whose handling of signals is not to stay."""
 
     def be(**environment: str) -> None:
-        everything = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29711"} | environment
-        for name, value in everything.items():
+        everything = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        for name, value in (everything | environment).items():
             monkeypatch.setenv(name, value)
 
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
