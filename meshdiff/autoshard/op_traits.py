@@ -135,8 +135,8 @@ _have([Tensor.new_tensor, torch.tensor_split, Tensor.tensor_split], reads_values
 # ATen operations. All that torch itself calls pointwise are right on shards as well. What is not in the table is not
 # known to be right: DTensor has no rule for it, or nobody has tried.
 #
-# Names in quotes are those of programs in tests/autoshard/test_dtensor_rules.py, the smallest for which DTensor is wrong or
-# raises. A test fails once torch has mended a rule: then what the program is the reason for can go.
+# Names in quotes are those of programs in tests/autoshard/test_dtensor_rules.py, the smallest for which DTensor is wrong
+# or raises. A test fails once torch has mended a rule: then what the program is the reason for can go.
 
 _have(  # views: what a rank holds of the result is a view of what it holds, or DTensor gathers, which is noticed
     ["view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand",

@@ -14,7 +14,7 @@ from ranks import run_on_every_rank
 from torch import nn
 from untouched_cases import CHANNELS
 
-from meshdiff import Layout, init_mesh, parallelize
+from meshdiff import Layout, init_mesh, parallelize, simulate
 from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.capture import call_kinds
 from meshdiff.autoshard.capture.call_kinds import KINDS, PAUSE, PAYS, TOO_SOON, CallKinds, NotCaptured
@@ -104,3 +104,8 @@ def test_a_new_shape_is_captured_and_the_one_used_longest_ago_let_go(ranks, tmp_
         assert f"of {SHAPES + 1 - 3} kinds of calls the programs were let go" in told
         assert f"let go last: for inputs of (2, {7 + SHAPES - 3}, {CHANNELS})" in told
         assert not shadows  # tracing leaves a tensor for every operation
+
+
+def test_a_simulation_has_no_programs():
+    with simulate(2), pytest.raises(ValueError, match="capture=True takes real ranks"):
+        parallelize(Model(nothing), init_mesh(Layout(cp=2), "cpu")["cp"], capture=True)

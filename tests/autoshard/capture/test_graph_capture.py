@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from unseen import unseen
 
-from meshdiff import Layout, init_mesh, parallelize, simulate
+from meshdiff import Layout, init_mesh, parallelize
 from meshdiff.autoshard.numerics import difference
 from meshdiff.distributed.consensus import store
 from tests.autoshard.test_calls import BODIES, CALLS, Tokens
@@ -401,8 +401,3 @@ def test_a_rank_that_alone_changes_the_model_is_told(tmp_path):
     assert ranks.exit_codes[1] == 1, ranks
     told = "other ranks have gone another way; what ended the call here: Model was changed: blocks.1.settings"
     assert re.search(rf"\[rank1\]: RuntimeError: {re.escape(told)}", ranks.stderr[1]), ranks
-
-
-def test_a_simulation_has_no_programs():
-    with simulate(2), pytest.raises(ValueError, match="capture=True takes real ranks"):
-        parallelize(Model(nothing), init_mesh(Layout(cp=2), "cpu")["cp"], capture=True)
