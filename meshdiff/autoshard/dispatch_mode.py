@@ -163,6 +163,8 @@ def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
         return False
     if kind.pointwise or traits_of(kind.name).shard_safe or (kind.name == "slice" and _takes_all(*args)):
         return True
+    if kind.name == "repeat":  # as `sort` in `op_traits`
+        return all(tensor.placements[0].is_replicate() or _times(tensor, args[1]) == 1 for tensor in tensors)
     along = traits_of(kind.name).safe_unless_dim
     if along is None or not isinstance(args[0], DTensor):
         return False
@@ -171,6 +173,12 @@ def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
         placement.is_replicate() or (isinstance(placement, Shard) and placement.dim not in dims)
         for placement in args[0].placements
     )
+
+
+def _times(tensor: DTensor, repeats: Any) -> int:
+    """How often the sharded dim is repeated."""
+    placement = tensor.placements[0]
+    return repeats[placement.dim + len(repeats) - tensor.ndim] if isinstance(placement, Shard) else 0
 
 
 def _dims(along: Dim, args: Any, kwargs: Any) -> set[int] | None:

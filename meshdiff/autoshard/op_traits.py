@@ -135,8 +135,8 @@ _have([Tensor.new_tensor, torch.tensor_split, Tensor.tensor_split], reads_values
 # ATen operations. All that torch itself calls pointwise are right on shards as well. What is not in the table is not
 # known to be right: DTensor has no rule for it, or nobody has tried.
 #
-# Names in quotes are those of programs in tests/autoshard/test_dtensor_rules.py, the smallest for which DTensor is wrong
-# or raises. A test fails once torch has mended a rule: then what the program is the reason for can go.
+# Names in quotes are those of programs in tests/autoshard/test_dtensor_rules.py, the smallest for which DTensor is
+# wrong or raises. A test fails once torch has mended a rule: then what the program is the reason for can go.
 
 _have(  # views: what a rank holds of the result is a view of what it holds, or DTensor gathers, which is noticed
     ["view", "_unsafe_view", "reshape", "_reshape_alias", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand",
@@ -147,9 +147,8 @@ _have(  # products: a rank's rows, or sums over a sharded dim, which are added u
     ["mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "sum"], shard_safe=True
 )
 _have(  # along the dims that are not sharded; DTensor gathers where they are
-    ["native_layer_norm", "_fused_rms_norm", "rms_norm", "_softmax", "_log_softmax", "cat", "stack", "repeat"],
-    shard_safe=True,
-)  # fmt: skip
+    ["native_layer_norm", "_fused_rms_norm", "rms_norm", "_softmax", "_log_softmax", "cat", "stack"], shard_safe=True
+)
 _have(  # copies and constants
     ["clone", "_to_copy", "copy_", "fill_", "zero_", "contiguous", "lift_fresh",
      "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"],
@@ -170,7 +169,8 @@ _have(["mean", "var", "std"], safe_unless_dim=Dim())
 _have(["cumsum"], safe_unless_dim=Dim())
 # "vector norm of one row", "sum of a vector norm"
 _have(["linalg_vector_norm"], safe_unless_dim=Dim(place=2))
-# right on torch 2.13, where DTensor gathers, as is done here; not tried with models that choose experts by it
+# For these DTensor of torch 2.13 gathers, as is done here. But it leaves a replicated DTensor, of which a linear layer
+# may run by another kernel than that of one device (`bmm` for `mm`); here a plain tensor is left.
 _have(["sort"], safe_unless_dim=Dim(default=-1))
 _have(["topk"], safe_unless_dim=Dim(place=2, default=-1))
 # "write to a row"
