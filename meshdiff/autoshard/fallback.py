@@ -67,7 +67,10 @@ def agree_on_fallback(mesh: DeviceMesh, name: str, kind: str, error: Exception) 
     try:
         store().wait(list(keys.values()))
     except dist.DistStoreError:
-        raise RuntimeError(f"other ranks have gone another way; what ended the call here: {one_line(error)}") from error
+        raise RuntimeError(
+            f"this rank started the call again ({one_line(error)}), and the others did not within the time-out; all "
+            "ranks must run the same model on the same inputs"
+        ) from error
     kinds = {rank: store().get(key).decode() for rank, key in keys.items()}
     if set(kinds.values()) != {kind}:
         raise RuntimeError(f"ranks disagree about what cannot run on shards: {kinds}")

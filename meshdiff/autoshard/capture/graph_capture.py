@@ -229,7 +229,7 @@ class GraphCapture:
             reasons = [of_rank for of_rank in all_gather_object(reason, self.mesh) if of_rank]
             if reasons:
                 kind.program = replace(
-                    program, run=program.graph, note=f"as they are, for what was made of it {reasons[0]}"
+                    program, run=program.graph, note=f"uncompiled, as the compiled graph {reasons[0]}"
                 )
                 reason = _otherwise(kind.program, tensors, expected)
         kind.was_tried = all(all_gather_object(has_numbers(expected), self.mesh))

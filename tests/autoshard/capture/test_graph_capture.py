@@ -399,5 +399,5 @@ def changed_on_one_rank() -> None:
 def test_a_rank_that_alone_changes_the_model_is_told(tmp_path):
     ranks = start_on_ranks(changed_on_one_rank, 2, tmp_path)
     assert ranks.exit_codes[1] == 1, ranks
-    told = "other ranks have gone another way; what ended the call here: Model was changed: blocks.1.settings"
+    told = "this rank started the call again (Model was changed: blocks.1.settings"
     assert re.search(rf"\[rank1\]: RuntimeError: {re.escape(told)}", ranks.stderr[1]), ranks
