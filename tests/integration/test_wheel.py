@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -25,8 +24,8 @@ def installed(tmp_path_factory) -> Path:
     subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
     # Folders that a .pth file names are searched, but their own .pth files are not read: no editable install is found.
-    paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in sorted(paths)))
+    paths = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in paths))
     return folder / "venv" / "bin"
 
 
