@@ -1,4 +1,4 @@
-"""Gather: every rank sees the whole sequence of keys and values, for its own queries.
+"""Gather: every rank sees the full sequence of keys and values, for its own queries.
 
     key, value   [batch, seq/N, kv_heads, head_dim]
       one all-gather -> [batch, seq, kv_heads, head_dim]     attention of own queries

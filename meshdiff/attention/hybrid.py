@@ -1,8 +1,8 @@
 """Hybrid: Ulysses between neighbours, a ring between groups of them.
 
 Fang and Zhao, "USP: A Unified Sequence Parallelism Approach for Long Context
-Generative AI", arXiv:2405.07719. With 12 heads on 8 ranks, groups of 4 share
-out the heads and 2 groups form a ring:
+Generative AI", arXiv:2405.07719. With 12 heads on 8 ranks, the heads are
+divided within groups of 4, and 2 groups form a ring:
 
     rank      0 1 2 3   4 5 6 7
     ulysses  |-------| |-------|      all-to-all

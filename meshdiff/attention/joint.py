@@ -47,8 +47,8 @@ def joint_attention(
         image: query, key and value `[batch, seq, heads, head_dim]`, placed `Shard(1)`.
         text: query, key and value `[batch, text, heads, head_dim]` on the same
             mesh, placed `Replicate()` or `Shard(1)`.
-        text_first: whether text comes before image (as in FLUX) or after it (as
-            in HunyuanVideo). It matters to a mask, to causality, and to the bits.
+        text_first: True if text comes before image (as in FLUX), else it comes after
+            (as in HunyuanVideo). It matters to a mask, to causality, and to the bits.
         attn_mask: as in `mesh_attention`, over all tokens in that order.
         is_causal, scale, strategy: as in `mesh_attention`.
 
@@ -128,7 +128,7 @@ def attend_beside(
         mesh: 1-D.
         sizes: the length of each sequence, in their order.
         query, key, value: this rank's `[batch, own tokens, heads, head_dim]`, those of the first sequence first.
-        attn_mask: the whole mask, plain, over all tokens in the order of the sequence.
+        attn_mask: the full mask, plain, over all tokens in the order of the sequence.
         is_causal, scale, strategy: as in `mesh_attention`.
 
     Returns:
@@ -165,7 +165,7 @@ def _sizes(query: Tensor, total: int) -> tuple[int, int, int, int]:
 
 
 def _divide(tensor: Tensor) -> Tensor:
-    """Whole text as each rank's part of it; nothing is sent."""
+    """Replicated text as each rank's part of it; nothing is sent."""
     if isinstance(tensor, DTensor) and tensor.placements[0] == REPLICATED:
         return tensor.redistribute(placements=[SEQUENCE])
     return tensor

@@ -33,7 +33,7 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Softmax attention of plain tensors `[batch, seq, heads, head_dim]`, by torch's own kernels.
 
-    Key and value may have fewer heads, by a whole factor.
+    Key and value may have fewer heads, by an integer factor.
     """
     if query.numel() == 0 or key.numel() == 0:
         # A rank without tokens or heads: torch's CPU kernel divides by their number. The sums
@@ -69,7 +69,7 @@ def attend_rows(
     Args:
         query: `[batch, own seq, heads, head_dim]`.
         key, value: `[batch, seq, kv_heads, head_dim]`.
-        mask: the whole mask, see `masks.whole_mask`.
+        mask: the full mask, see `masks.whole_mask`.
     """
     queries, keys = problem.queries[rank], range(sum(map(count, problem.keys)))
     rows = None if mask is None else part(mask, None, queries, None)
@@ -80,7 +80,7 @@ def attend_rows(
 
 
 def both(mask: Tensor | None, seen: Tensor | bool) -> Tensor | None:
-    """What a mask and causality allow together."""
+    """The mask of what a mask and causality both allow; None for no limit."""
     if isinstance(seen, bool):
         return mask
     if mask is None:
@@ -89,7 +89,7 @@ def both(mask: Tensor | None, seen: Tensor | bool) -> Tensor | None:
 
 
 def is_in_order(tokens: Iterable[range]) -> bool:
-    """Whether positions go up."""
+    """True if positions increase."""
     return all(one.stop <= other.start for one, other in pairwise(filter(len, tokens)))
 
 

@@ -1,4 +1,4 @@
-"""Which keys each query may see: the parts of a mask, and of causality, that a rank needs."""
+"""Masks: the parts of a mask, and of the causal rule, that a rank needs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def whole_mask(mask: Tensor, batch: int, heads: int, queries: int, keys: int) ->
 
 
 def part(mask: Tensor, heads: range | None, queries: Tokens | None, keys: Tokens | None) -> Tensor:
-    """The entries of a whole 4-D mask for some heads, queries and keys; None for all."""
+    """The entries of a full 4-D mask for some heads, queries and keys; None for all."""
     if heads is not None and mask.shape[1] > 1:
         mask = mask[:, heads.start : heads.stop]
     for dim, tokens in ((2, queries), (3, keys)):
@@ -49,7 +49,7 @@ def part(mask: Tensor, heads: range | None, queries: Tokens | None, keys: Tokens
 
 
 def causal(queries: Tokens, keys: Tokens, device: torch.device) -> Tensor | bool:
-    """Which of `keys` each of `queries` may see when it sees none after itself.
+    """The mask of `keys` that each of `queries` may see when it sees none after itself.
 
     Returns:
         True or False where that is all or none of them, else a bool

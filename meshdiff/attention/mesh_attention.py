@@ -43,7 +43,7 @@ def mesh_attention(
         key, value: `[batch, keys, kv_heads, head_dim]` of the same dtype;
             `kv_heads` divides `heads` (grouped-query attention).
         attn_mask: bool (True: may be seen) or floating point (added to the
-            logits), broadcastable to `[batch, heads, queries, keys]`. The whole
+            logits), broadcastable to `[batch, heads, queries, keys]`. The full
             mask, plain and the same on every rank, or a replicated DTensor. Over a
             mesh it gets no gradient.
         is_causal: query i sees keys 0 to i only.
@@ -86,7 +86,7 @@ def explain_strategy(
     is_causal: bool = False,
     strategy: str = AUTO,
 ) -> Choice:
-    """Which strategy `mesh_attention` takes for these DTensors, and why; nothing is computed.
+    """The strategy that `mesh_attention` takes for these DTensors, and the reason; nothing is computed.
 
     >>> explain_strategy(query, key, value)  # 12 heads on 8 ranks
     Choice(strategy='hybrid', reason='12 heads (12 of key and value) on 8 ranks are 4 x 2: ulysses x ring')

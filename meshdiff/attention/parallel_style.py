@@ -32,11 +32,11 @@ class ContextParallel(ParallelStyle):
 
     Args:
         input_layouts: what a plain first input is: `Shard(1)`, this rank's part of
-            `torch.chunk(whole, N, dim=1)`, or `Replicate()`, the whole on every rank.
+            `torch.chunk(whole, N, dim=1)`, or `Replicate()`, the full input.
         output_layouts: what the output is to be: `Shard(1)`, or `Replicate()` at
             the price of one all-gather.
         use_local_output: return a plain tensor, as the rest of an untouched model expects.
-        seq_len: the length of the whole sequence; needed for plain `Shard(1)` inputs.
+        seq_len: the length of the full sequence; needed for plain `Shard(1)` inputs.
         strategy: see `mesh_attention`.
 
     Raises:
@@ -114,7 +114,7 @@ class ContextParallel(ParallelStyle):
 
 
 def _whole(arg: Any, mesh: DeviceMesh) -> Any:
-    """Another input, such as a text, as what every rank holds whole."""
+    """Another input, such as a text, as a replicated DTensor if it is a plain tensor."""
     if isinstance(arg, Tensor) and not isinstance(arg, DTensor):
         return DTensor.from_local(arg, mesh, [Replicate()], run_check=False)
     return arg

@@ -1,4 +1,4 @@
-"""What is to be attended to, and which rank holds which part of it."""
+"""A description of an attention over a mesh: its sizes, and the tokens that each rank holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Problem:
             `heads / kv_heads` query heads share a head of key and value.
         dtype: of query, key and value.
         queries, keys: for each rank, the positions of the tokens it holds.
-        is_causal: whether query i sees keys 0 to i only.
+        is_causal: True if query i sees keys 0 to i only.
         scale: of the logits; None for `head_dim ** -0.5`.
     """
 
@@ -54,7 +54,7 @@ class Problem:
         return self.heads // self.kv_heads
 
     def query_heads(self, ranks: int) -> tuple[range, ...]:
-        """The query heads of each of `ranks` ranks that share out the heads."""
+        """The query heads of each of `ranks` ranks between which the heads are divided."""
         return chunk_ranges(self.heads, ranks)
 
     def key_heads(self, ranks: int) -> tuple[range, ...]:
@@ -65,7 +65,7 @@ class Problem:
         )
 
     def on(self, mesh: DeviceMesh, ranks: int, members: int) -> Problem:
-        """The part of each of `ranks` groups of `members` neighbours, after they have shared out the heads."""
+        """The part of each of `ranks` groups of `members` neighbours, after the heads are divided between them."""
         blocks = [range(i * members, (i + 1) * members) for i in range(ranks)]
         return replace(
             self,
@@ -78,7 +78,7 @@ class Problem:
 
 
 def chunk_sizes(length: int, chunks: int) -> list[int]:
-    """How DTensor divides `length` between ranks: ceil-sized parts, the last ones short or empty.
+    """Sizes of the parts into which DTensor divides `length`: ceil-sized, the last ones short or empty.
 
     >>> chunk_sizes(61, 4)
     [16, 16, 16, 13]

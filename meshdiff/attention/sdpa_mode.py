@@ -40,13 +40,13 @@ class sharded_attention(TorchFunctionMode):  # used as a context manager, as tor
 
     Plain tensors are taken for the shards of a sequence if `mesh` and `seq_len`
     declare one: rank r holds part r of `torch.chunk(whole, N, dim=seq)`, uneven
-    parts included. Which calls attend to the sequence is told by their lengths.
+    parts included. The lengths of tensors decide which calls attend to the sequence.
 
     Args:
         mesh: the 1-D mesh that plain tensors are shards over; None to leave plain tensors alone.
-        seq_len: the length of the whole sequence of plain shards.
-        whole: lengths of other sequences, such as a text's, that every rank
-            holds whole; attention to them sends nothing.
+        seq_len: the length of the full sequence of plain shards.
+        whole: lengths of other sequences, such as a text's, that are replicated;
+            attention to them sends nothing.
         strategy: see `mesh_attention`.
 
     What is recomputed for the backward pass (`torch.utils.checkpoint`) is
@@ -131,7 +131,7 @@ class sharded_attention(TorchFunctionMode):  # used as a context manager, as tor
         return to_shard(mesh_attention(query, key, value, strategy=self.strategy, **options)).transpose(1, 2)
 
     def _kind(self, query: Tensor, key: Tensor) -> int:
-        """What plain tensors attend to, by their lengths on every rank."""
+        """The kind of attention that plain tensors need, found from their lengths on every rank."""
         if self.mesh is None or self.mesh.size() == 1:
             return TO_WHOLE
         kind = largest(_kind(query, key, self.shard_sizes, self.whole, self.mesh.get_local_rank()))

@@ -1,6 +1,6 @@
 """The all-to-all between a shard of the sequence and a shard of the heads.
 
-`DTensor.redistribute` does the same, but on a CPU mesh it gathers the whole
+`DTensor.redistribute` does the same, but on a CPU mesh it gathers the full
 tensor on every rank and throws most of it away, and it sends query, key and
 value one after the other. This is the one place where the transition happens.
 """
@@ -26,10 +26,10 @@ __all__ = ["Exchange", "all_to_all", "heads_to_sequence", "sequence_to_heads"]
 
 
 def all_to_all(buffer: Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], mesh: DeviceMesh) -> Tensor:
-    """What the other ranks of a 1-D mesh sent, one after the other; not differentiable.
+    """Elements that the ranks of a 1-D mesh sent to this one, one after the other; not differentiable.
 
-    The operations that torch's functional collectives are made of. What is
-    around them there, for graphs that are compiled, takes four times as long.
+    It calls the operations that torch's functional collectives are made of. The
+    code around them there, for graphs that are compiled, takes four times as long.
 
     Args:
         buffer: 1-D, what this rank sends to each, one after the other.
@@ -50,7 +50,7 @@ def _group_name(mesh: DeviceMesh) -> str:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Who holds how many tokens before, and which heads after, of tensors that travel together.
+    """Numbers of tokens that ranks hold before, and heads that they hold after, of tensors that are sent together.
 
     Attributes:
         mesh: the ranks that exchange, on a 1-D mesh.
@@ -58,9 +58,9 @@ class Exchange:
             where a larger mesh is made of several groups that exchange apart.
         heads: for each tensor, the heads of each rank. Ranges may overlap: a
             head of key and value that several ranks need goes to each of them.
-        group: which of the lists is this rank's.
+        group: the index of this rank's list.
         order: where the tokens of each rank are among all, if not those of one rank after those of another.
-        of_queries: whether the first tensor is a query, which decides how it is laid out, never what comes of it.
+        of_queries: True if the first tensor is a query; this decides its layout in memory, never its values.
     """
 
     mesh: DeviceMesh
@@ -71,7 +71,7 @@ class Exchange:
     of_queries: bool = True
 
     def places(self, group: int) -> tuple[Tokens, ...]:
-        """Where the tokens of each rank of a group are among all of it."""
+        """The positions of the tokens of each rank of a group, among all tokens of the group."""
         tokens = self.tokens[group]
         return self.order or tuple((range(end - n, end),) for end, n in zip(accumulate(tokens), tokens, strict=True))
 
@@ -281,7 +281,7 @@ def _unpack_heads(
 
 
 def _are_apart(ranges: Sequence[range]) -> bool:
-    """Whether no two ranks have the same head."""
+    """True if no two ranks have the same head."""
     return all(one.stop <= other.start for one, other in pairwise(own for own in ranges if own))
 
 

@@ -1,4 +1,4 @@
-"""Which strategy suits a problem, and why."""
+"""The choice of a strategy for a problem, with the reason."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Choice(NamedTuple):
 
 
 def choose_strategy(problem: Problem, strategy: str = AUTO) -> Choice:
-    """The strategy for a problem: the one asked for, or the one that suits it.
+    """The strategy for a problem: the one that is requested, or the one that suits it.
 
     It depends on nothing but the problem, which is the same on every rank: free
     memory, say, may differ, and ranks that choose differently wait for ever.
 
     Raises:
-        ValueError: if the strategy that is asked for cannot do it, naming one that can.
+        ValueError: if the strategy that is requested cannot do it, naming one that can.
     """
     size = members(problem.heads, problem.kv_heads, problem.ranks)
     if problem.ranks == 1 and strategy in (AUTO, *STRATEGIES):

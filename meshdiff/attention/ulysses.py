@@ -1,4 +1,4 @@
-"""Ulysses: every rank sees the whole sequence for some of the heads.
+"""Ulysses: every rank sees the full sequence for some of the heads.
 
 Jacobs et al., "DeepSpeed Ulysses", arXiv:2309.14509.
 
@@ -7,7 +7,7 @@ Jacobs et al., "DeepSpeed Ulysses", arXiv:2309.14509.
       one all-to-all -> [batch, seq/N, heads, head_dim]
 
 Each rank sends `4 * batch * seq * heads * head_dim * (N-1)/N^2` elements. Heads
-that N does not divide are shared out unevenly: right, but the ranks with fewer
+that N does not divide are divided unevenly: right, but the ranks with fewer
 heads wait.
 """
 

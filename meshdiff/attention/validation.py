@@ -125,7 +125,7 @@ def is_placed(tensor: Tensor, where: Placement) -> bool:
 
 
 def plain_mask(mask: Tensor) -> Tensor:
-    """The whole mask that every rank holds, from a plain tensor or a replicated DTensor."""
+    """The full mask that every rank holds, from a plain tensor or a replicated DTensor."""
     if mask.requires_grad:
         raise ValueError("attn_mask gets no gradient over a mesh; pass attn_mask.detach()")
     if not isinstance(mask, DTensor):

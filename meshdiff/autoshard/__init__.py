@@ -1,4 +1,4 @@
-"""Whole models that others wrote, on a mesh, without a plan.
+"""Complete models that others wrote, on a mesh, without a plan.
 
 `parallelize` makes the tokens of a model's blocks DTensors. Their placement
 says where data lies, never what it means, so the model's own code goes on as

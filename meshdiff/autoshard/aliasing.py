@@ -1,8 +1,9 @@
-"""Which tensors are one on one device, though they are several here.
+"""A record of tensors that would share memory on one device, but are copies here.
 
 A slice of a tensor shares its memory; the same slice of shards is a copy, once
-rows have moved. That is right until somebody writes to one of the two. Memory
-is watched, not names: views of a shard are in the shard's memory and right.
+rows have moved. That is right until the program writes to one of the two. The
+record is of memory, not of tensors: a view of a shard is in the shard's memory,
+so a write to it is right.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["AliasTracker", "memory"]
 COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 
 MOMENT = 0.5
-"""Seconds."""
+"""Seconds to wait for memory to go out of use."""
 
 
 def memory(tensor: Tensor) -> UntypedStorage:
@@ -50,7 +51,7 @@ class AliasTracker:
         # A weak reference keeps the address from being given to other memory, not the memory itself.
         self._groups: dict[int, list[StorageWeakRef]] = {}
         self.writes = 0
-        """How many writes to shards there have been."""
+        """Number of writes to shards so far."""
 
     def prune(self) -> None:
         """Let go of memory that is not in use any more."""
@@ -67,7 +68,7 @@ class AliasTracker:
                 self._groups[member.cdata] = one
 
     def has_live_aliases(self, tensor: Tensor) -> bool:
-        """Whether there is other memory, still in use, that a write to this tensor should reach."""
+        """True if there is other memory, still in use, that a write to this tensor should reach."""
         if not self._groups:
             return False
         own = memory(tensor)._cdata
@@ -79,10 +80,10 @@ class AliasTracker:
 
 
 def _expire_soon(members: Sequence[StorageWeakRef]) -> bool:
-    """Whether nobody uses this memory but a thread that has sent it.
+    """True if all of this memory goes out of use within `MOMENT`: then only a thread that has sent it still held it.
 
-    It lets go a moment after all ranks have waited for what it sent, sooner on some than on others, and
-    ranks have to agree about what is in use.
+    That thread lets go a moment after all ranks have waited for what it sent, sooner on some than on others,
+    and ranks have to agree about what is in use.
     """
     until = time.monotonic() + (0 if is_simulated() else MOMENT)
     while not all(member.expired() for member in members):

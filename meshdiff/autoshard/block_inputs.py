@@ -1,4 +1,4 @@
-"""Where tokens become shards: the lists of blocks that a transformer is made of."""
+"""The entry to shards: the blocks of a transformer, and the tokens among their arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether it has an attention in it, by name: modulation networks come as lists of blocks, too."""
+    """True if it is a block with an attention in it, by name: modulation networks come as lists of blocks, too."""
     parts = [word for name, part in module.named_modules() for word in (name.lower(), type(part).__name__.lower())]
     return _is_block(module) and any("attn" in part or "attention" in part for part in parts)
 
@@ -74,9 +74,9 @@ def shard_tokens(
 
 
 def become_shards(mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any, output: Any) -> set[str]:
-    """The arguments, whole so far, that a block returns as shards: text of which it makes shards in joint attention.
+    """Names of arguments, plain so far, that a block returns as shards: text that joint attention shards.
 
-    It may as well be given them as shards.
+    Such arguments can be sharded at the entry of the block as well.
     """
     returned = {(leaf.shape, leaf.placements[0]) for leaf in dtensors(output)}
     found = set()
@@ -92,7 +92,7 @@ def _may_be_tokens(value: Any) -> bool:
 
 
 def _sequence(value: Any, ranks: int) -> int | None:
-    """The dim that ranks would share out; None if there is none that has something for each."""
+    """The dim to shard; None if no dim is long enough for every rank to get a part."""
     if not _may_be_tokens(value):
         return None
     longest = sorted(range(1, value.ndim - 1), key=lambda i: -value.shape[i])[:1]
@@ -100,7 +100,7 @@ def _sequence(value: Any, ranks: int) -> int | None:
 
 
 def _bound(block: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name; none if they do not fit, of which the call itself will tell."""
+    """The arguments of a call by name; empty if they do not fit the signature, for which the call itself raises."""
     try:
         return _signature(type(block).forward).bind(block, *args, **kwargs).arguments
     except (TypeError, ValueError):

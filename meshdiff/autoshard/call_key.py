@@ -86,7 +86,7 @@ def _exact(leaf: Any, places: dict[int, int]) -> Any:
 
 
 def _opaque(leaf: Any) -> str:
-    """The kind of an argument that cannot be told by a key from all others; "" if it can."""
+    """The kind of an argument that a key cannot distinguish from all others; "" if it can."""
     if type(leaf) in SMALL:
         return ""
     if type(leaf) not in PLAIN_TENSORS:

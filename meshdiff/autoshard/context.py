@@ -44,7 +44,7 @@ class ShardingContext:
         unguarded: turns the safety mode off while what is done here runs on parts of tensors.
         op_cache: what DTensor has made of operations.
         lazy: what waits for rows.
-        recorder: is told of what runs, on shards and on replicated tensors.
+        recorder: records what runs, on shards and on replicated tensors.
         exchanging: how deep in a function that is done by a handler, on parts of tensors.
     """
 
@@ -58,7 +58,7 @@ class ShardingContext:
     exchanging: int = 0
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """By DTensor's rules if they are known to be right, else on whole tensors."""
+        """Run a function by DTensor's rules if they are known to be right, else on replicated tensors."""
         self.materialize(args, kwargs)
         writes = self.aliases.writes
         try:
@@ -84,12 +84,12 @@ class ShardingContext:
         return made
 
     def does_again(self) -> bool:
-        """True if what is known decides all: gradients and autocast have a say, and a recorded call finds out."""
+        """True if cached results may be used: not with gradients or autocast, and not while a call is recorded."""
         autocast = torch.is_autocast_enabled(self.mesh.device_type)
         return self.recorder is None and not autocast and not torch.is_grad_enabled()
 
     def gathered(self, func: Any, args: Any, kwargs: Any, why: str) -> Any:
-        """On whole tensors, on every rank alike; what is written to them is written to the shards as well."""
+        """Run a function on replicated tensors, on every rank alike; writes to them go to the shards as well."""
         name = _name(func)
         sharded = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, DTensor)}
         if any(is_sharded(tensor) and tensor.numel() for tensor in sharded.values()):
@@ -118,7 +118,7 @@ class ShardingContext:
     def reshard(
         self, sources: Sequence[DTensor], outputs: Sequence[Sequence[SourceSlice]], dim: int, views: bool = False
     ) -> list[DTensor]:
-        """New DTensors of rows of others, which move once somebody looks at them; see `reshard.reshard`."""
+        """New DTensors of rows of others, which move once an operation reads them; see `reshard.reshard`."""
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.materialize(sources)
             with self.unguarded():

@@ -1,4 +1,4 @@
-"""What may run on shards: everything that torch does while a model runs comes by here.
+"""A guard for operations on shards: every operation of torch passes through it while a model runs.
 
 DTensor has rules for most operations, and a few of its rules are wrong on
 uneven shards, in place, or for random numbers. So an operation runs on shards
@@ -31,12 +31,12 @@ class UnsupportedOnShards(Exception):
 
 
 class UnsafeMutation(RuntimeError):
-    """This program, on shards, would do something else than on one device; run it on whole tensors."""
+    """This program, on shards, would do something else than on one device; run it on replicated tensors."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What matters here of an operation."""
+    """Properties of an operation that decide if it may run on shards."""
 
     name: str
     pointwise: bool
@@ -67,9 +67,9 @@ class SafetyMode(TorchDispatchMode):
     """Stops operations that are not known to be right on shards, and writes that would miss a copy.
 
     Args:
-        aliases: what is noted of memory.
+        aliases: a record of tensors that would share memory on one device.
         lazy: what waits for rows, which a write to where they are now would change.
-        on_operation: is told of every operation: its function, arguments and result.
+        on_operation: called for every operation with its function, arguments and result.
     """
 
     supports_higher_order_operators = True  # such as flex attention
@@ -83,7 +83,7 @@ class SafetyMode(TorchDispatchMode):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """While operations run that are right by construction: to look at one takes longer than a small one runs."""
+        """Turn it off for operations that are right by construction: to check a small one takes longer than it runs."""
         if current_dispatch_mode() is not self:  # another one, which has to see them, would go too
             yield
             return
@@ -176,7 +176,7 @@ def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
 
 
 def _times(tensor: DTensor, repeats: Any) -> int:
-    """How often the sharded dim is repeated."""
+    """Number of times the sharded dim is repeated; 0 if there is none."""
     placement = tensor.placements[0]
     return repeats[placement.dim + len(repeats) - tensor.ndim] if isinstance(placement, Shard) else 0
 
@@ -190,6 +190,6 @@ def _dims(along: Dim, args: Any, kwargs: Any) -> set[int] | None:
 
 
 def _takes_all(tensor: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> bool:
-    """Whether a slice is all there is."""
+    """True if a slice takes all of the dim."""
     length = tensor.shape[dim]
     return step == 1 and start in (None, 0, -length) and (end is None or end >= length)

@@ -1,4 +1,4 @@
-"""Between the plain tensors of a model and DTensors: whole on every rank, or a shard on each."""
+"""Conversions between the plain tensors of a model and DTensors, replicated or sharded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LEAVES = {bool, int, float, complex, str, type(None), type(...), slice, torch.dtype, torch.device, torch.Size}
-"""What holds no tensors; to look into it with pytree takes longer than most operations."""
+"""Types that hold no tensors; to search them with pytree takes longer than most operations."""
 
 
 def out_of_inference(value: Any) -> Any:
@@ -51,17 +51,17 @@ def out_of_inference(value: Any) -> Any:
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor of which each rank holds a part, or a sum that is a part."""
+    """True for a DTensor of which each rank holds a part, or a partial sum."""
     return isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
 
 
 def is_plainly_placed(tensor: DTensor) -> bool:
-    """Whether ranks hold all of this or consecutive parts; where dims were merged, they hold other ones."""
+    """True if each rank holds all of this or a consecutive part; where dims were merged, parts are not consecutive."""
     return isinstance(tensor.placements[0], (Replicate, Shard))
 
 
 def sharded_dim(tensor: Tensor) -> int | None:
-    """The dim that ranks share out; None if each holds all."""
+    """The dim that is sharded; None if there is none."""
     placement = tensor.placements[0] if isinstance(tensor, DTensor) else None
     return placement.dim if isinstance(placement, Shard) else None
 
@@ -72,7 +72,7 @@ def as_replicated(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def own_copy(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """A tensor that is whole on every rank, plain; its gradient is the sum of what ranks give it."""
+    """A replicated tensor as a plain one; its gradient is the sum of the gradients of all ranks."""
     if isinstance(tensor, DTensor) or (torch.is_grad_enabled() and tensor.requires_grad):
         return to_shard(as_replicated(tensor, mesh))
     return tensor
@@ -103,7 +103,7 @@ def to_plain(tensor: DTensor) -> Tensor:
 
 
 def _is_dense(tensor: Tensor, order: list[int]) -> bool:
-    """Whether it lies in memory without gaps, dims from the outermost to the innermost."""
+    """True if it has no gaps in memory, with `order` as the dims from the outermost to the innermost."""
     expected = 1
     for dim in reversed(order):
         if tensor.shape[dim] != 1:
@@ -137,7 +137,7 @@ def settled(tensor: DTensor) -> DTensor:
 
 
 def dtensors(value: Any) -> Iterator[DTensor]:
-    """Those in tuples, lists and the values of dicts."""
+    """The DTensors in tuples, lists and the values of dicts."""
     if isinstance(value, DTensor):
         yield value
     elif isinstance(value, (tuple, list, dict)):

@@ -1,4 +1,4 @@
-"""Starting a call again, on whole tensors: when that is right, and that all ranks do it."""
+"""Starting a call again, on replicated tensors: checks that this is right, and that all ranks do it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Torch functions on shards: those that a placement alone would make gather are done by `ops`.
 
 Everything else goes to DTensor if it is known to be right on shards (see
-`dispatch_mode`), and else runs on whole tensors on every rank.
+`dispatch_mode`), and else runs on replicated tensors.
 """
 
 from __future__ import annotations

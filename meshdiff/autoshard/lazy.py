@@ -1,9 +1,10 @@
-"""Cuts and joins that nobody has looked at yet.
+"""Cuts and joins whose rows have not been read yet.
 
 A transformer joins text and image for query, for key and for value, and cuts
 apart what its next block joins again. So rows do not move when they are cut or
-joined, but when somebody looks at them: what waits then travels together, in
-one exchange, and of what was cut only to be joined again nothing moves.
+joined, but when an operation reads them: all rows that wait are then sent
+together, in one exchange, and rows that were cut only to be joined again do not
+move at all.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class LazyReshard:
 class LazyReshards:
     """The DTensors that wait for their rows.
 
-    Whoever looks at a DTensor, or writes to anything, asks before. All ranks
-    run the same program and count references alike, so they agree on what waits.
+    Before an operation reads a DTensor, or writes to any tensor, the rows have to
+    move: `materialize`, `materialize_all`. All ranks run the same program and count
+    references alike, so they agree on what waits.
 
     Attributes:
-        recorder: is told which line of the model moves them.
+        recorder: gets the line of the model that moves them.
     """
 
     def __init__(self) -> None:
@@ -83,7 +85,7 @@ class LazyReshards:
         return made
 
     def _rows(self, sources: Sequence[DTensor], piece: SourceSlice) -> list[Rows]:
-        """Where the rows of a piece are: where those come from that wait themselves."""
+        """The place of the rows of a piece; for a source that waits itself, the place that its rows come from."""
         if piece.source is None:
             return [Rows(None, piece.start, piece.stop)]
         source = sources[piece.source]
@@ -99,7 +101,7 @@ class LazyReshards:
         return found
 
     def parts(self, tensor: Any) -> tuple[DTensor, ...] | None:
-        """What a DTensor that waits is a join of, if it is one of DTensors as a whole."""
+        """The DTensors that a DTensor that waits joins; None if it does not wait, or is no join of full DTensors."""
         if tensor not in self:
             return None
         wait = self._waiting[id(tensor)]
@@ -117,7 +119,7 @@ class LazyReshards:
         self._waiting[id(tensor)] = replace(wait, rows=rows)
 
     def _forget(self, output: weakref.ref[DTensor]) -> None:
-        """Let go of what nobody can want any more, and of the rows kept for it."""
+        """Drop a DTensor that is not in use any more, and the rows kept for it."""
         for key in [key for key, wait in self._waiting.items() if wait.output is output]:
             del self._waiting[key]
 
@@ -164,7 +166,7 @@ def _merged(rows: Sequence[Rows]) -> list[Rows]:
 
 
 def _moves(wait: LazyReshard) -> bool:
-    """Whether any rank needs rows of another."""
+    """True if any rank needs rows of another."""
     sources, pieces = _as_pieces([wait.rows])
     return bool(sources) and not nothing_moves(plan_of(sources, pieces, wait.dim))
 

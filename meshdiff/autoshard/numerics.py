@@ -1,4 +1,4 @@
-"""How far two outputs are apart."""
+"""Measures of the difference between two outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def one_sided(output: Any, expected: Any, model: str) -> str:
-    """What only one of two outputs has, NaN or infinities, in words of which `output` is the subject; "" if nothing.
+    """NaN or infinities that only one of two outputs has, in words of which `output` is the subject; "" if none.
 
     Args:
         output, expected: with tensors of the same shapes.
@@ -51,7 +51,7 @@ def one_sided(output: Any, expected: Any, model: str) -> str:
 
 
 def not_numbers(output: Any) -> str:
-    """How much of an output is NaN or infinite, in words; "" if nothing is."""
+    """Number of values of an output that are NaN or infinite, in words; "" if there are none."""
     tensors = float_tensors(output)
     kinds = {"NaN": torch.isnan, "infinite": torch.isinf}
     counts = {name: sum(int(is_one(tensor).sum()) for tensor in tensors) for name, is_one in kinds.items()}
@@ -61,13 +61,13 @@ def not_numbers(output: Any) -> str:
 
 
 def has_numbers(output: Any) -> bool:
-    """Whether some value is finite, or there are none at all: NaN throughout is equal to any other NaN."""
+    """True if some value is finite, or there are no values: outputs of nothing but NaN are equal to each other."""
     tensors = [tensor for tensor in float_tensors(output) if tensor.numel()]
     return not tensors or any(bool(tensor.isfinite().any()) for tensor in tensors)
 
 
 def tolerance(output: Any) -> float:
-    """How far outputs of one program may be apart."""
+    """The largest `difference` that two outputs of one program may have."""
     return max((TOLERATED.get(tensor.dtype, HALF) for tensor in float_tensors(output)), default=0.0)
 
 

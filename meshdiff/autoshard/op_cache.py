@@ -1,11 +1,11 @@
-"""What DTensor has found out once about an operation, done again without asking it.
+"""A cache of DTensor's decisions about operations, to repeat an operation without DTensor's dispatch.
 
-To take operands apart, decide about placements and divide what is whole costs
+To unpack operands, decide about placements and divide replicated operands costs
 DTensor as much as thousands of multiplications, each time. The operations here
-need nothing of other ranks; what comes of one is decided by the function, the
-shapes and placements of its operands, and its other arguments: the first time
-DTensor says of what shape, stride and placement the result is. Around an
-operation that is done again there is little more than making that DTensor.
+need nothing of other ranks; the form of a result depends on the function, the
+shapes and placements of its operands, and its other arguments. The first time
+DTensor gives the shape, stride and placement of the result. When the operation
+is repeated, there is little more to do than making that DTensor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 PLAIN = {Tensor, Parameter}
-"""Whose operations nobody but torch itself has a say in."""
+"""Classes of tensors whose operations only torch itself decides."""
 
 MOST = 4096
 
@@ -48,16 +48,16 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class CachedOutput:
-    """What comes of an operation: one DTensor, or several of a tuple or list; none if it is its first operand."""
+    """The form of a result: one DTensor, or several in a tuple or list; none if it is the first operand itself."""
 
     specs: tuple[DTensorSpec, ...]
     several: type | None
     divided: tuple[int | None, ...]
-    """Of each operand that is whole, the dim of which a rank takes its rows; nothing if there is no such operand."""
+    """For each operand, the dim along which a rank takes its rows of it; None to take all; empty if all are None."""
     rows: tuple[int, int, int, int] = (0, 0, 1, 0)
-    """The sharded dim of the first result, its length, how many ranks share it and which this one is."""
+    """The sharded dim of the first result, its length, the number of ranks and the number of this rank."""
     is_plain: bool = True
-    """Whether all operands are tensors of which no class of their own has a say."""
+    """True if no operand is of a tensor class of its own, which may decide about the operation: see `PLAIN`."""
 
     def replay(self, func: Any, args: Any, kwargs: Any, unguarded: Callable[[], AbstractContextManager[None]]) -> Any:
         """The result, for operands of the same key; nothing is sent."""
@@ -87,15 +87,15 @@ class CachedOutput:
 
 
 def _is_guarded_only() -> bool:
-    """Whether the guard, which need not look at what is known, is the only mode: not a counter of FLOPs, say, as well.
+    """True if the guard is the only dispatch mode: there is no counter of FLOPs, say, as well.
 
-    To have it look takes longer than most operations.
+    The guard need not see operations that are known; to run it takes longer than most operations.
     """
     return dispatch_depth() == 1
 
 
 def unseen(func: Any, *args: Any) -> Any:
-    """A cacheable function of whole tensors, which is none of the guard's business."""
+    """Run a cacheable function of replicated tensors, which the guard need not see."""
     if _is_guarded_only() and all(type(arg) in PLAIN for arg in args if isinstance(arg, Tensor)):
         with DisableTorchDispatch():
             return func(*args)
@@ -114,7 +114,7 @@ class DispatchCache:
         return self._results.get(key)
 
     def insert(self, key: Key, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Keep what DTensor has made of an operation; None for what it is to be asked about every time."""
+        """Keep the result of DTensor for an operation; None for an operation that DTensor has to run every time."""
         if key not in self._results:
             _make_room(self._results)
             self._results[key] = _cached(func, args, kwargs, result)
@@ -128,7 +128,7 @@ class DispatchCache:
         self._joined[key] = known
 
     def outlines(self, func: Any, args: Any, kwargs: Any) -> list[Tensor] | None:
-        """What one device would make of whole tensors, without the values: shapes and strides; None if not known."""
+        """The results on one device, of full tensors, without the values: shapes and strides; None if not known."""
         key = cache_key(func, args, kwargs)
         if key is None or "out" in kwargs:
             return None
@@ -150,7 +150,7 @@ def _outline(tensor: Tensor) -> Tensor:
 
 
 def cache_key(func: Any, args: Any, kwargs: Any) -> Key | None:
-    """A function and what decides the shape, stride, dtype and placement of what comes of it; None if that is much."""
+    """A function and all that decides the shape, stride, dtype and placement of its result; None if it has no key."""
     parts: list[Any] = [func, torch.get_default_dtype(), len(args), *kwargs]
     try:
         return tuple(parts) if _describe(args, parts) and _describe(kwargs.values(), parts) else None
@@ -211,7 +211,7 @@ def _cached(func: Any, args: Any, kwargs: Any, result: Any) -> CachedOutput | No
 
 
 def _is_cacheable(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it writes to nothing, and does to a rank's rows what it does to all."""
+    """True if it writes to nothing, and does to a rank's rows what it does to all rows."""
     traits = traits_of(func)
     if traits.writes_if_asked:
         return not any(args[1:]) and not any(kwargs.values())
@@ -225,14 +225,14 @@ def _is_cacheable(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _rows(spec: DTensorSpec) -> tuple[int, int, int, int]:
-    """The sharded dim, its length, how many ranks share it and which this one is."""
+    """The sharded dim, its length, the number of ranks and the number of this rank."""
     placement = spec.placements[0]
     assert isinstance(placement, Shard)
     return placement.dim, spec.shape[placement.dim], *place_on(spec.mesh)
 
 
 def _dim_to_divide(arg: Any, dim: int, length: int) -> int | None:
-    """Of a whole operand, the dim of which a rank needs its rows; None if it needs all. `dim` counts from the end."""
+    """The dim along which a rank takes rows of a replicated operand; None to take all. `dim` counts from the end."""
     if not isinstance(arg, Tensor) or sharded_dim(arg) is not None or arg.ndim < -dim or arg.shape[dim] != length:
         return None
     return None if length == 1 else dim

@@ -2,7 +2,7 @@
 
 A torch function has its traits for the mode of functions, which decides by
 them what is looked up, deferred or refused. An ATen operation has its for the
-mode that sees all operations: whether it is known to be right on shards.
+mode that sees all operations: a mark that it is known to be right on shards.
 Whatever is not in the table has none of them.
 """
 
@@ -21,10 +21,10 @@ __all__ = ["Dim", "OpTraits", "traits_of"]
 
 @dataclass(frozen=True)
 class Dim:
-    """Where an operation is told the dim that it goes along.
+    """The argument of an operation that gives the dim that it goes along.
 
     Attributes:
-        place: among its arguments.
+        place: its place among the arguments.
         default: what the dim is if none is given; None for all of them.
     """
 
@@ -37,10 +37,10 @@ class OpTraits:
     """The traits of an operation; the columns of the table.
 
     Attributes:
-        shard_safe: each rank does to its shard what is right for the whole, or DTensor gathers, which is noticed.
-        safe_unless_dim: the same as long as it does not go along the sharded dim, which it is told here.
+        shard_safe: each rank does to its shard what is right for the full tensor, or DTensor gathers, which is noticed.
+        safe_unless_dim: the same as long as it does not go along the sharded dim; this names the argument.
         cacheable: what decides the shape, stride, dtype and placement of its result is in its operands, and it writes
-            to none of them, the way in which it is asked for here.
+            to none of them when it is called as it is here.
         cached_handler: so is what the handler of it makes.
         pointwise: it goes element by element; operands are broadcast.
         rowwise: it does to each row of the sharded dim the same, by weights that every rank has.
@@ -49,10 +49,10 @@ class OpTraits:
         by_parts: of rows that are joined it makes what is joined of its results: f(cat(a, b)) is cat(f(a), f(b)).
         casts: it may be to another dtype.
         unbinds: it takes a dim apart.
-        writes_if_asked: an argument tells it to write to its operand.
+        writes_if_asked: an argument may make it write to its operand.
         lazy_aware: its handler reads no rows, so that those that are deferred stay so.
-        metadata: it reads what a DTensor says of itself.
-        storage_access: it reaches for the memory of a tensor, of which a rank holds a part.
+        metadata: it reads metadata of a DTensor.
+        storage_access: it uses the memory of a tensor directly, of which a rank holds a part.
         reads_values: the place of the first argument of which it brings values to the host; None if it brings none.
     """
 

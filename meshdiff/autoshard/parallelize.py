@@ -58,14 +58,14 @@ def parallelize(
     verify: bool = False,
     capture: bool | Backend = False,
 ) -> Parallelized:
-    """Put a model on a mesh, as it is: from now on every call of it is shared out between the ranks.
+    """Put a model on a mesh, as it is: from now on every call of it is sharded over the ranks.
 
-    Its code and weights stay as they are, every rank holds them whole. Every
-    rank calls it with the same plain tensors and gets the same plain tensors
-    back; gradients arrive whole in every parameter's `.grad`. At the entry of
-    each block the tokens become a DTensor that is sharded over the sequence.
-    Whatever is not known to be right on shards runs on whole tensors, the same
-    on every rank: that costs time, and `report()` says where.
+    Its code and weights stay as they are; weights are replicated. Every rank
+    calls it with the same plain tensors and gets the same plain tensors back;
+    every parameter's `.grad` gets the full gradient. At the entry of each block
+    the tokens become a DTensor that is sharded over the sequence. Operations
+    that are not known to be right on shards run on replicated tensors, the same
+    on every rank: that costs time, and `report()` names the places.
 
     The first call for each set of shapes finds out what runs how: it is slower,
     and if something has to be taken back, the call starts again from its inputs.
@@ -86,7 +86,7 @@ def parallelize(
             attributes and the globals that it names (a clock, a file) stays as it was.
 
     Returns:
-        A handle: `report()` tells what the last new call did, `programs` has what
+        A handle: `report()` describes the last new call, `programs` has what
         was captured, `remove()` takes the module off the mesh again.
 
     Raises:
@@ -125,7 +125,7 @@ class Parallelized:
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.whole: dict[str, str] = {}
-        """Kinds of blocks that run on whole tensors, and why; "" is the whole model."""
+        """Kinds of blocks that run on replicated tensors, and why; "" is the full model."""
         self._others: dict[str, set[str]] = {}
         """By kind of block, arguments beside the tokens that are sharded at its entry."""
         self._found: dict[str, set[str]] = {}  # more of them, in the call that goes on
@@ -155,7 +155,7 @@ class Parallelized:
         return self.module(*args, **kwargs)
 
     def report(self) -> Report:
-        """What the last call that was new in its shapes ran on shards and on whole tensors, and sent.
+        """The report on the last call with new shapes: what ran on shards or replicated tensors, and what was sent.
 
         Raises:
             RuntimeError: before the first call.
@@ -166,19 +166,19 @@ class Parallelized:
 
     @property
     def programs(self) -> list[GraphModule]:
-        """What runs on this rank instead of the model, a graph for each kind of call; `print(graph.code)`."""
+        """Graphs that run on this rank instead of the model, one for each kind of call; `print(graph.code)`."""
         return [] if self._captures is None else [program.graph for program in self._captures.programs]
 
     @property
     def captured(self) -> str:
-        """What became of capturing calls, in one line; "" if that was not asked for."""
+        """The result of capturing calls, in one line; "" if that was not requested."""
         if self._captures is not None and "" in self.whole:
             return "Not captured: it runs whole on every rank"
         return "" if self._captures is None else str(self._captures)
 
     @property
     def was_called(self) -> bool:
-        """Whether there is something to report."""
+        """True if there is something to report."""
         return self._report is not None
 
     def remove(self) -> None:
@@ -219,10 +219,10 @@ class Parallelized:
         return self._captures.call(lambda args, kwargs: inner(*args, **kwargs), args, kwargs)
 
     def _find_out(self, before: ModuleSnapshot, inner: Forward, args: Any, kwargs: Any) -> tuple[Any, bool]:
-        """A call that is new: what turns out not to run on shards runs whole from then on, and it starts again.
+        """Run a call that is new: a block that fails on shards is replicated from then on, and the call starts again.
 
         Returns:
-            the output, and whether the next call is to be another one.
+            the output, and True if the next call is to shard more arguments than this one.
         """
         known = dict(self.whole)
         while True:
@@ -266,7 +266,7 @@ class Parallelized:
         return output
 
     def _untouched(self, inner: Forward, args: Any, kwargs: Any) -> Any:
-        """What the module does when it is on no mesh, on every rank."""
+        """Run the module as if it were on no mesh, on every rank."""
         self._is_aside = True
         try:
             return inner(*args, **kwargs)
@@ -275,7 +275,7 @@ class Parallelized:
 
     @contextmanager
     def _on_shards(self, record: bool) -> Iterator[_Run]:
-        """What has to be on while the model runs."""
+        """Turn on the modes that have to be on while the model runs."""
         run = _Run(self._aliases, Recorder(self.mesh) if record else None)
         self._aliases.prune()
         self._lazy.recorder = run.recorder
@@ -324,7 +324,7 @@ class Parallelized:
             return output
 
     def _entered(self, run: _Run, name: str, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments of a block: its tokens on shards, or everything whole."""
+        """The arguments of a block: its tokens on shards, or all tensors plain."""
         if type(block).__name__ in self.whole:
             assert run.context is not None
             run.context.materialize_all()
@@ -341,7 +341,7 @@ class Parallelized:
         return args, kwargs
 
     def _to_retreat(self, error: Exception) -> str | None:
-        """The kind of block to run on whole tensors from now on; None if that would not help."""
+        """The kind of block to run on replicated tensors from now on; None if that would not help."""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error) or "" in self.whole:
             return None
         name = self._failed_in

@@ -68,7 +68,7 @@ class _Chain:
 
     Attributes:
         members: the innermost first.
-        depth: how many of its forwards run now; what is called inside of one is not intercepted again.
+        depth: number of its forwards that run now; what is called inside of one is not intercepted again.
     """
 
     def __init__(self) -> None:
@@ -162,7 +162,7 @@ class _Forward:
 
 
 def owners(module: nn.Module) -> Iterator[object]:
-    """What the interceptions of a module and of its submodules are part of."""
+    """The owner of each interception of a module and of its submodules."""
     for part in module.modules():
         for member in vars(part)[KEY].members if KEY in vars(part) else ():
             yield member.owner
@@ -190,7 +190,7 @@ def _set_class(module: nn.Module, value: type) -> None:
 
 
 def _reduce_ex(module: nn.Module, protocol: Any) -> Any:
-    """What `copy` and `pickle` make a new module of: one of the original class, with what is in this one."""
+    """The parts from which `copy` and `pickle` make a new module: the original class, and the state of this module."""
     base = original_class(module)
     parts: Any = super(type(module), module).__reduce_ex__(protocol)
     function, args, state, *rest = parts

@@ -1,4 +1,4 @@
-"""What a call did: which operations ran on shards, and what was sent, from which line of whose code."""
+"""A record of a call: the operations that ran on shards, and what was sent, with the line of code that caused it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Sent:
 
 @dataclass
 class BlockRecord:
-    """What happened while one block ran; the name "" is for what happened outside of blocks."""
+    """A record of one block: its operations and what was sent; the name "" is for those outside of blocks."""
 
     name: str
     kind: str
@@ -116,7 +116,7 @@ class Recorder(CommsCounter):
         self.current.sharded[name] += 1
 
     def on_gather(self, function: str, why: str) -> None:
-        """Note a function that ran on whole tensors."""
+        """Note a function that ran on replicated tensors."""
         self.current.gathers[function, why, calling_line()] += 1
 
     def _add_flops(self, flops: int, sharded: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which torch functions are done here on shards, and the way to do one that needs nothing of other ranks."""
+"""A table of the torch functions that are done here on shards, and a way to do one that needs no other rank."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Handler = Callable[..., Any]
 
 
 class Handlers(dict[Any, Handler]):
-    """Torch functions, and what does them on shards."""
+    """Torch functions, and the handler of each on shards."""
 
     def of(self, *functions: Any) -> Callable[[Handler], Handler]:
-        """Register what does these functions."""
+        """Register the handler of these functions."""
 
         def register(handler: Handler) -> Handler:
             self.update(dict.fromkeys(functions, handler))
@@ -35,7 +35,7 @@ class Handlers(dict[Any, Handler]):
         return register
 
     def find(self, func: Any, args: Any, kwargs: Any) -> Handler | None:
-        """What does a function, if the call spells its arguments in a way that it reads."""
+        """The handler of a function; None if there is none that takes the arguments in the form of this call."""
         handler = self.get(func)
         return handler if handler is not None and _reads(handler, len(args), tuple(kwargs)) else None
 

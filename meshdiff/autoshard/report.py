@@ -1,4 +1,4 @@
-"""What a parallel call did, as text that a person reads and as tables."""
+"""A report on a parallel call, as text and as tables."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ WIDTH = 12  # of the bar
 
 @dataclass(frozen=True)
 class Report:
-    """What the ranks of a mesh shared out of one call, and sent for it.
+    """Report on one call: the work that was sharded over the ranks of a mesh, and what they sent for it.
 
-    Print it, or take it apart.
+    Print it for a text; `table`, `sent` and `gathers` return its parts.
 
     Attributes:
         model: the class of the model.
-        ranks: how many ranks shared it.
-        blocks: what each block did; the one without a name is what happened outside of blocks.
-        whole: kinds of blocks that ran on whole tensors on every rank, and why; "" is all of the model.
-        captured: what became of capturing its calls; "" if that was not asked for.
+        ranks: number of ranks of the mesh.
+        blocks: a record of each block; the one without a name is of operations outside of blocks.
+        whole: kinds of blocks that ran on replicated tensors, and why; "" is the full model.
+        captured: the result of capturing its calls; "" if that was not requested.
     """
 
     model: str
@@ -46,11 +46,11 @@ class Report:
 
     @property
     def sharded_share(self) -> float:
-        """The part of the floating point operations that ranks shared out, from 0 to 1."""
+        """The part of the floating point operations that ran on shards, from 0 to 1."""
         return _share(self.blocks)
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each block: its share of shared out work, its operations, what was sent for it."""
+        """A row for each block: the part of its work that ran on shards, its operations, what was sent for it."""
         return [_row(block) for block in self.blocks]
 
     def sent(self) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ class Report:
         return sorted(rows, key=lambda row: -row["bytes"])
 
     def gathers(self) -> list[dict[str, Any]]:
-        """A row for each line whose function ran on whole tensors, though it was given shards, and why."""
+        """A row for each line whose function ran on replicated tensors, though it was given shards, and why."""
         lines: Counter[tuple[str, str, Line]] = Counter()
         for block in self.blocks:
             lines.update(block.gathers)

@@ -40,13 +40,13 @@ class SourceSlice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows go where.
+    """The rows that each output takes from each source.
 
     Attributes:
         sources: the length of each source.
-        sharded: whether a source is sharded; else every rank holds all of it.
+        sharded: True for a source that is sharded; else every rank holds all of it.
         outputs: the pieces that each output is made of, in order.
-        ranks: how many ranks share the rows of each.
+        ranks: number of ranks that share the rows of each.
     """
 
     sources: tuple[int, ...]
@@ -71,7 +71,7 @@ class Segment:
 
 @lru_cache(maxsize=4096)
 def segments(plan: Plan, sender: int, receiver: int) -> tuple[Segment, ...]:
-    """What a rank has that another one needs; of a source that is whole, each rank has what it needs."""
+    """Rows of the sender that the receiver needs; of a replicated source, each rank has what it needs."""
     found = []
     for output, pieces in enumerate(plan.outputs):
         wanted = chunk_ranges(plan.length(output), plan.ranks)[receiver]
@@ -96,7 +96,7 @@ def segments(plan: Plan, sender: int, receiver: int) -> tuple[Segment, ...]:
 
 @lru_cache(maxsize=4096)
 def nothing_moves(plan: Plan) -> bool:
-    """Whether every rank has all that it needs."""
+    """True if every rank has all rows that it needs."""
     return not any(segments(plan, *pair) for pair in itertools.permutations(range(plan.ranks), 2))
 
 
@@ -120,7 +120,7 @@ def reshard(
         sources: on one 1-D mesh, each sharded on `dim` or replicated, alike in all other dims.
         outputs: what each output is made of, in order.
         dim: not negative.
-        views: whether, on one device, the outputs would be views of the first source, and so have its strides.
+        views: True if, on one device, the outputs would be views of the first source, and so have its strides.
     """
     return list(_Rearrange.apply(dim, tuple(map(tuple, outputs)), views, *sources))
 

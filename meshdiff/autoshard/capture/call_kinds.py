@@ -14,11 +14,11 @@ __all__ = ["KINDS", "CallKinds", "NotCaptured"]
 KINDS = 16
 """Kinds of calls of one model that are kept."""
 PAYS = 8
-"""How often a program has to have run before its kind is let go, or it took longer to make than it has saved."""
+"""Number of runs of a program, before its kind is let go, below which it took longer to make than it has saved."""
 TOO_SOON = 4
 """Kinds in a row that are let go before that; then no other kinds are begun for a while."""
 PAUSE = 256
-"""Calls; each pause is twice as long as the last. Where a number changes with every step, each call is another kind."""
+"""Calls in a pause; each is twice as long as the last. If a number changes at every step, each call is a new kind."""
 
 
 class NotCaptured(Exception):
@@ -26,10 +26,10 @@ class NotCaptured(Exception):
 
 
 class HasRuns(Protocol):
-    """What is kept of a kind of calls."""
+    """State that is kept for a kind of calls."""
 
     runs: int
-    """How often its program has run."""
+    """Number of times its program has run."""
 
 
 K = TypeVar("K", bound=HasRuns)
@@ -37,14 +37,14 @@ K = TypeVar("K", bound=HasRuns)
 
 @dataclass
 class CallKinds(Generic[K]):
-    """What is kept of each kind of calls, of at most `KINDS` of them, the one used last at the end.
+    """State that is kept for each kind of calls, for at most `KINDS` of them, the one used last at the end.
 
     All that it decides follows from the kinds of the calls so far, in their order, and from how often programs have
     run: ranks that are called alike keep the same.
 
     Attributes:
-        make: what is kept of a new kind.
-        let_go: how many kinds have been let go.
+        make: makes the state of a new kind.
+        let_go: number of kinds that have been let go.
         last: the shapes of the inputs of the last of them.
     """
 
@@ -61,7 +61,7 @@ class CallKinds(Generic[K]):
         return iter(self._kept.values())
 
     def use(self, key: CallKey) -> K:
-        """What is kept of the kind of a call.
+        """The state that is kept for the kind of a call.
 
         Raises:
             NotCaptured: if it is a new one, and the last new ones were of no use.
@@ -79,7 +79,7 @@ class CallKinds(Generic[K]):
         return self._kept.setdefault(key, self.make())
 
     def replace(self, new: Callable[[K], K]) -> None:
-        """Put something else in the place of what is kept of each kind."""
+        """Replace the state that is kept for each kind."""
         for key, kept in self._kept.items():
             self._kept[key] = new(kept)
 

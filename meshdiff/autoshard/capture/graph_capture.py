@@ -43,7 +43,7 @@ from meshdiff.distributed.torch_compat import TreeSpec, tree_flatten, tree_leave
 __all__ = ["Backend", "GraphCapture"]
 
 CHANGES = 3
-"""How often a model may have changed between calls of a kind before they are no longer captured."""
+"""Number of changes of a model between calls of a kind after which they are no longer captured."""
 
 Run = Callable[[Any, Any], Any]
 Backend = Callable[[GraphModule], Callable[..., Any]]
@@ -51,7 +51,7 @@ Backend = Callable[[GraphModule], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """What a rank computes and sends in calls of one kind.
+    """The operations and collectives of one rank in calls of one kind.
 
     Attributes:
         graph: takes the tensors of a call, returns those of its output.
@@ -72,7 +72,7 @@ class CapturedGraph:
 
     @property
     def size(self) -> int:
-        """How many operations there are."""
+        """Number of operations."""
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
 
@@ -85,9 +85,9 @@ class CaptureState:
     was_tried: bool = False
     changes: int = 0
     runs: int = 0
-    """How often its program has run instead of the model."""
+    """Number of times its program has run instead of the model."""
     rejection: str = ""
-    """Why there will be no program."""
+    """The reason why there will be no program; "" if there may be one."""
 
 
 class GraphCapture:
@@ -109,7 +109,7 @@ class GraphCapture:
 
     @property
     def programs(self) -> list[CapturedGraph]:
-        """Those that run instead of the model."""
+        """The programs that run instead of the model."""
         return [kind.program for kind in self._kinds if kind.program is not None and kind.was_tried]
 
     def __str__(self) -> str:
@@ -127,7 +127,7 @@ class GraphCapture:
         return f"Not captured: {self._rejection or 'it has not been called often enough'}"
 
     def call(self, run: Run, args: Any, kwargs: Any) -> Any:
-        """What the model returns, by its program if there is one, else by `run`, which calls the model on the mesh."""
+        """The output of the model, by its program if there is one, else by `run`, which calls the model on the mesh."""
         key = call_key(self.module, args, kwargs, self.mesh.device_type, exact=True)
         try:
             kind = self._kind(key)
@@ -253,7 +253,7 @@ class GraphCapture:
         agree_on_fallback(self.mesh, f"{self.name}/capture/{self._retreats}", why, RuntimeError(why))
 
     def _settle(self, kind: CaptureState, reason: str) -> bool:
-        """Whether these calls may go on to have a program, which all ranks decide alike."""
+        """True if these calls may have a program: no rank has a reason against it. A reason is kept; a collective."""
         reasons = [of_rank for of_rank in all_gather_object(reason, self.mesh) if of_rank]
         if reasons:
             kind.rejection = self._rejection = reasons[0]
@@ -262,7 +262,7 @@ class GraphCapture:
 
 
 def _otherwise(program: CapturedGraph, tensors: list[Tensor], expected: Any) -> str:
-    """What a program does otherwise than the model; "" if it does the same."""
+    """The difference between a program and the model, in words; "" if there is none."""
     try:
         output = program(tensors)
     except Exception as error:
@@ -279,7 +279,7 @@ def _otherwise(program: CapturedGraph, tensors: list[Tensor], expected: Any) -> 
 
 
 def _same_kind(leaf: Any, expected: Any) -> bool:
-    """Whether two leaves are alike, but for numbers of floating point tensors."""
+    """True if two leaves are equal, except for the values of floating point tensors."""
     if not isinstance(leaf, Tensor) or not isinstance(expected, Tensor):
         return type(leaf) is type(expected) and leaf == expected
     alike = leaf.shape == expected.shape and leaf.dtype == expected.dtype

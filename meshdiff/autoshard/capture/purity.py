@@ -1,4 +1,4 @@
-"""What a call does besides operations on tensors, which a program of these operations would miss."""
+"""Effects of a call other than operations on tensors, which a program of these operations would miss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class Watch:
-    """What was seen first of that; "" if there was nothing."""
+    """The first such effect that was seen; `found` is "" if there was none."""
 
     def __init__(self) -> None:
         self.found = ""
@@ -39,7 +39,7 @@ class Watch:
 
 @contextmanager
 def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
-    """While a call runs.
+    """Watch a call, which runs in the body.
 
     Args:
         module: the model that is called.
@@ -61,14 +61,14 @@ def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
 
 
 def note_output(watch: Watch, output: Any) -> None:
-    """What of an output a program could not return."""
+    """Note a part of an output that a program could not return."""
     for leaf in tree_leaves(output):
         if type(leaf) not in PLAIN_TENSORS and type(leaf) not in SMALL:
             watch.note(f"it returns a {type(leaf).__name__}, which may hold anything")
 
 
 def _note_hidden(watch: Watch, module: nn.Module) -> None:
-    """Python of whose doings nothing is known."""
+    """Note hooks and replaced forwards of modules, whose effects are not known."""
     for name, part in module.named_modules():
         if part is not module and (part._forward_hooks or part._forward_pre_hooks):
             watch.note(f"{name} has hooks, which would not be called")
@@ -129,7 +129,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _takes_by_number(func: Any, args: Any) -> bool:
-    """Whether this takes rows by their numbers: by true and false, it takes as many as are true."""
+    """True if this takes rows by their numbers; by a mask, the number of rows would depend on its values."""
     return func._overloadpacket is torch.ops.aten.index and all(
         index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1]
     )

@@ -8,8 +8,8 @@ before that, both run at once; else it runs then, on all ranks.
 The first calls of each kind run on all ranks in their order, with the caller's
 own tensors. That shows what a call returns, and whether it can be deferred at
 all: a model that keeps something from one call to the next, or writes to what
-it is given, never is. Later calls are looked at as well, as a cache may begin
-at some step: the model is then put back, and the calls run in their order.
+it is given, never is. Later calls are checked as well, as a cache may begin at
+some step: the model is then put back, and the calls run in their order.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Guidance:
             raise ValueError(f"{type(module).__name__} is on a cfg mesh already; remove() it there first")
         self.module, self.mesh = module, mesh
         self.fallback = ""
-        """Why every rank does all calls from some time on, in their order; "" if they are divided."""
+        """The reason why every rank does all calls from some time on, in their order; "" if they are divided."""
         self.undivided = ""
         """The same of the last call alone."""
         self._kinds: dict[CallKey, Kind] = {}
@@ -130,7 +130,7 @@ class Guidance:
         return kind
 
     def _has_changed(self, kind: Kind) -> bool:
-        """Whether the model is another one than that whose rows were seen to be apart from each other."""
+        """True if the model has changed since rows were last compared with the full batch; counts the changes."""
         now = self._now()
         what = "" if kind.seen is None else kind.seen.diff(now, drawn=False)
         kind.seen = now
@@ -315,7 +315,7 @@ class Guidance:
             call.run()
 
     def _run_in_order(self, calls: list[Call], shared: bool) -> None:
-        """All calls on all ranks; if they failed when they were `shared`, ranks tell each other what they ran into."""
+        """All calls on all ranks; if they failed when they were `shared`, ranks exchange their errors."""
         self._run_each(calls)
         if not shared:
             return

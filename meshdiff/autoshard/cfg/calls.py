@@ -42,13 +42,13 @@ class Kind:
     """Calls of alike arguments.
 
     Attributes:
-        calls: how many there were.
-        grew: how many of them added to what the model holds.
+        calls: number of calls so far.
+        grew: number of them that added to what the model holds.
         form: of what they return; None until one has run that left the model as it was.
-        on_rows: whether ranks can do rows of the batch; None until that was tried.
-        alike: tensors of as many rows as the batch that were all the same when that was tried: it told nothing of them.
+        on_rows: True if ranks can do rows of the batch; None until that was tried.
+        alike: tensors of as many rows as the batch that were all the same in that trial, which is no test of them.
         seen: the model with which that was tried last.
-        retries: how often it was tried again, as the model had changed.
+        retries: number of times it was tried again, as the model had changed.
     """
 
     calls: int = 0
@@ -175,7 +175,7 @@ class Written:
 
     Args:
         values: any structure of tensors.
-        by_value: look at values as well, as writes to `tensor.data` are not counted.
+        by_value: compare values as well, as writes to `tensor.data` are not counted.
     """
 
     def __init__(self, values: Any, by_value: bool = False) -> None:
@@ -208,9 +208,9 @@ class Failure:
     """Why a rank's part of a call was in vain.
 
     Attributes:
-        reason: what it raised or returned; "" if that was as it should be.
-        kept: what it changed of the model.
-        wrote: whether it wrote to what it was given.
+        reason: a description of what it raised or returned; "" if that was as it should be.
+        kept: the name of what it changed in the model; "" if nothing.
+        wrote: True if it wrote to what it was given.
     """
 
     reason: str

@@ -26,7 +26,7 @@ __all__ = ["DeferredTensor", "OutputForm"]
 
 @dataclass(frozen=True)
 class OutputForm:
-    """What a call returns, without the values.
+    """The form of what a call returns, without the values.
 
     Attributes:
         structure: tuples, dicts and output objects, as pytree has them.
@@ -83,8 +83,8 @@ class _Leaf:
 class DeferredTensor(Tensor):
     """A tensor that is not computed yet; any use computes it.
 
-    Operations see it by `__torch_function__`, and those in C++ that ask for no
-    such function by `__torch_dispatch__`. Once computed it is a plain tensor
+    Operations see it by `__torch_function__`, and those in C++ that do not call
+    it by `__torch_dispatch__`. Once computed it is a plain tensor
     itself (`become`), so that nothing that comes later has to know of it.
 
     Args:

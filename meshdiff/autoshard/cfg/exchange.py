@@ -21,9 +21,9 @@ ALIGNED = 16
 
 
 def fits(own: Sequence[Tensor], forms: Sequence[Sequence[Form]], mesh: DeviceMesh) -> bool:
-    """Whether this rank's tensors are of the forms that are expected of it.
+    """True if this rank's tensors have the forms that are expected of it.
 
-    In a simulation that can only be seen where it is the same for all ranks.
+    In a simulation they are compared only where all ranks have the same forms, and taken to fit elsewhere.
     """
     expected = forms[0 if is_simulated() else mesh.get_local_rank()]
     differ = is_simulated() and any(form != expected for form in forms)
@@ -39,7 +39,7 @@ def exchange(
 ) -> list[list[Tensor]] | None:
     """The tensors of all ranks, on all ranks: one all-gather for each.
 
-    The first one carries two elements more: which call this is, and whether the rank has failed.
+    The first one carries two elements more: the number of the call, and a mark if the rank has failed.
 
     Args:
         own: this rank's tensors; None if it has failed.

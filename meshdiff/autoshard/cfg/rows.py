@@ -40,7 +40,7 @@ def alike_rows(args: Any, kwargs: Any, among: frozenset[int] | None = None) -> f
 
     Args:
         args, kwargs: of a call.
-        among: look at these only.
+        among: check these only.
     """
     batch, found = batch_of(args, kwargs), set()
     for place, leaf in enumerate(tree_leaves((args, kwargs))):

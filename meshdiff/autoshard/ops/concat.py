@@ -54,7 +54,7 @@ def join_of(ctx: ShardingContext, tensor: Any) -> Join | None:
 
 
 def by_parts(ctx: ShardingContext, func: Any, args: Any, kwargs: Any) -> Any:
-    """What a function makes of joins that wait, as joins that wait; NotImplemented where it does not go row by row."""
+    """Result of a function of joins that wait, as joins that wait; NotImplemented where it does not go row by row."""
     given = list(dtensors((args, kwargs)))
     joins = {id(tensor): join for tensor in given if (join := join_of(ctx, tensor)) is not None}
     if not joins:
@@ -97,7 +97,7 @@ def by_parts(ctx: ShardingContext, func: Any, args: Any, kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Joined:
-    """What a function makes of joins: of each result shape and stride on one device, and the dim that is joined."""
+    """Form of a function's results of joins: for each, shape and stride on one device, and the dim that is joined."""
 
     outlines: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dims: tuple[int, ...]
@@ -211,7 +211,7 @@ def _views(rows: Tensor, dim: int, sizes: Sequence[int], ranks: int, rank: int) 
 
 @on_each_rank
 def _rows_of_each(tensor: Tensor, dim: int, sizes: Sequence[int], ranks: int, rank: int) -> Tensor:
-    """Of what is whole, the rows that go with this rank's."""
+    """Rows of a replicated tensor that belong to this rank's rows of all parts of the join."""
     starts = itertools.accumulate(sizes, initial=0)
     ranges = [chunk_ranges(size, ranks, start)[rank] for size, start in zip(sizes, starts, strict=False)]
     return torch.cat([tensor.narrow(dim, own.start, len(own)) for own in ranges], dim)
@@ -224,7 +224,7 @@ def _reshaped(tensor: Tensor, shape: Sequence[int], dim: int) -> Tensor:
 
 
 def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> bool:
-    """Whether each part of the result comes of the same part of all joins, and of what is whole; without gradients."""
+    """True if each part of the result needs only that part of all joins and replicated tensors, without gradients."""
     if torch.is_grad_enabled() and any(
         leaf.requires_grad for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
     ):
@@ -251,7 +251,7 @@ def _goes_by_rows(func: Any, args: Any, kwargs: Any, joins: dict[int, Join]) -> 
 
 
 def _of_part(joins: dict[int, Join], i: int, args: Any, kwargs: Any) -> Any:
-    """The arguments for part `i`: of joins that part, of whole tensors the rows that go with it."""
+    """The arguments for part `i`: of joins that part, of replicated tensors the rows that belong to it."""
     join = next(iter(joins.values()))
     start = sum(join.sizes[:i])
 
@@ -264,12 +264,12 @@ def _of_part(joins: dict[int, Join], i: int, args: Any, kwargs: Any) -> Any:
 
 
 def _goes_along(tensor: Tensor, join: Join) -> bool:
-    """Whether what is whole has a row for each of a join's."""
+    """True if a replicated tensor has a row for each row of the join."""
     return tensor.ndim >= -join.dim and tensor.shape[join.dim] == sum(join.sizes) != 1
 
 
 def _joined_dim(rows: tuple[DTensor, ...], outline: Tensor, sizes: tuple[int, ...]) -> int | None:
-    """Along which dim results are rows of what the function makes of the whole; None if they are not."""
+    """The dim along which results of the parts are rows of the function's full result; None if they are not."""
     if not all(isinstance(own, DTensor) for own in rows):  # it ran on whole tensors
         return None
     dims = {own.placements[0].dim for own in rows if isinstance(own.placements[0], Shard)}

@@ -84,7 +84,7 @@ def _normalized(
 
 @HANDLERS.of(Tensor.float, Tensor.type_as)
 def _of_its_type(ctx: ShardingContext, tensor: Tensor, other: Tensor | None = None) -> Any:
-    """The tensor itself, as everywhere, if it has that type; models ask for it before every sum."""
+    """The tensor itself, as torch returns it, if it has that dtype; models convert before every sum."""
     return tensor if tensor.dtype == (torch.float32 if other is None else other.dtype) else NotImplemented
 
 

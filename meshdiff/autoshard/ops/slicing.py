@@ -215,7 +215,7 @@ class PlainIndex:
 
 
 def plain_index(tensor: Tensor, index: Any) -> PlainIndex | None:
-    """How an index goes along the sharded dim; None if it does not, or is no simple one."""
+    """The entry of an index for the sharded dim, and the others; None if it has none, or is not simple."""
     dim = sharded_dim(tensor)
     entries = index if isinstance(index, tuple) else (index,)
     if dim is None or not all(

@@ -72,7 +72,7 @@ def is_steady(kind: type) -> bool:
 
 
 def is_iterator(value: Any) -> bool:
-    """True if reading it moves it on; nothing tells how far it is."""
+    """True if reading it moves it on; its position cannot be read."""
     return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
 
 
@@ -160,7 +160,7 @@ def slots_of(kind: type) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def reached_functions(members: frozenset[Members], functions: frozenset[Any]) -> tuple[types.FunctionType, ...]:
-    """The forwards of classes, other functions, and all that these may call, as far as their names tell.
+    """The forwards of classes, other functions, and all that these may call, found by their names.
 
     A name may be that of a global, of a function of a module or class that is a global, or of a method of any class.
 

@@ -6,8 +6,7 @@ globals and attributes of modules and classes that the forwards name. Small
 values count by value, containers by what they hold, other objects by identity,
 and tensors as the policy says. Where their values count, weights and arrays
 count by a few of them, because a write to `weight.data` leaves no other trace.
-An iterator, of which nothing tells how far it is, counts as another one every
-time.
+An iterator, whose position cannot be read, counts as another one every time.
 
 Not seen are changes inside of objects that are made in C, of objects of other
 packages that only a global holds, of files and clocks; `Policy` has what else

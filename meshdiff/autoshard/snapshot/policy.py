@@ -8,7 +8,7 @@ __all__ = ["Policy"]
 
 
 class Policy(Enum):
-    """What counts as a change of a module, and what can be undone.
+    """Rules for what counts as a change of a module, and for what can be undone.
 
     Attributes:
         STATE: what a call keeps for the next one. Tensors count by the values that are written to them, random

@@ -41,7 +41,7 @@ __all__ = ["Walk", "version"]
 
 HOLDERS = frozenset({dict, OrderedDict, set, list})
 LONGEST = 256
-"""Items of a container that are looked at; longer ones are tables, of which only the length is compared."""
+"""Items of a container that are compared; longer ones are tables, of which only the length is compared."""
 OF_CALLS = ("_forward_hooks", "_forward_pre_hooks")
 """Of the module itself: they run around its forward, not inside."""
 OF_ALL_MODULES = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -65,7 +65,7 @@ class Walk:
         weights: tensors of which a few values count as well.
         generators: with their states.
         modules: with their classes.
-        opaque: the name of something of which no change could be seen, if that was looked for; "" if there is nothing.
+        opaque: the name of something of which no change could be seen, for a `GUARD`; "" if there is nothing.
     """
 
     def __init__(self, module: nn.Module, policy: Policy) -> None:
@@ -77,7 +77,7 @@ class Walk:
         self._in_code = False
         self._empty: list[Any] = []
         self._moves = False
-        """True if there is an iterator, of which nothing tells how far it is."""
+        """True if there is an iterator, whose position cannot be read."""
         self._globals: dict[int, dict[str, Any]] = {}
         self._functions: dict[types.FunctionType, None] = {}
         self._classes: dict[type, None] = {}
@@ -121,7 +121,7 @@ class Walk:
             holder.clear()
 
     def add_tensor(self, tensor: Tensor, name: str) -> Any:
-        """What counts of a tensor: which it is, and its version or its layout."""
+        """Note a tensor; return what counts of it: its identity, and its version or its layout."""
         if tensor.is_meta and not self._exact:  # where a hook keeps weights elsewhere: it holds nothing
             return "meta", tensor.shape, tensor.dtype
         stamp = self._stamp(tensor)
@@ -337,7 +337,7 @@ class Walk:
 
     @contextmanager
     def _of_code(self) -> Iterator[None]:
-        """What is visited in the body is what code has led to."""
+        """Mark values that are visited in the body as reached through code."""
         before, self._in_code = self._in_code, True
         yield
         self._in_code = before

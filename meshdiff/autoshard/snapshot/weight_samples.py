@@ -48,7 +48,7 @@ class WeightSamples:
             return {kind: torch.cat(firsts).view(torch.uint8) for kind, firsts in self._first.items()}
 
     def still(self) -> bool:
-        """Whether weights lie where they were, with the same values."""
+        """True if weights are in the same memory as before, with the same sampled values."""
         with outside():
             return [tensor.data_ptr() for tensor in self._plain] == self._pointers and all(
                 torch.equal(self.values[kind], values) for kind, values in self._read().items()
@@ -70,6 +70,6 @@ class WeightSamples:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its values can be read where they lie; of quantized and nested ones that crashes."""
+    """True if its values can be read in place; for quantized and nested tensors that crashes."""
     plain = type(tensor) in PLAIN_TENSORS and tensor.layout == torch.strided
     return plain and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
