@@ -52,7 +52,7 @@ def centroids(clips: Tensor) -> Tensor:
 
 
 def features(clips: Tensor) -> Tensor:
-    """What the reader sees of each frame: a window around the ink's centre, `[clips, frames, 64]`."""
+    """The reader's input for each frame: a window around the ink's centre, `[clips, frames, 64]`."""
     count, _, frames, height, width = clips.shape
     offsets = torch.arange(DIGIT_SIZE) + 0.5 - DIGIT_SIZE / 2
     center = centroids(clips)
@@ -79,7 +79,7 @@ def train_reader(held_out: Digits) -> Callable[[Tensor], Tensor]:
 
 
 def moved_right(clips: Tensor, prompts: list[Prompt]) -> Tensor:
-    """Whether the ink's centre went in the direction asked for, of the eight, `[clips]`."""
+    """True for each clip in which the ink's centre moved in the prompt's direction, of the eight, `[clips]`."""
     path = centroids(clips)
     way = path[:, -1] - path[:, 0]
     compass = F.normalize(torch.tensor(list(DIRECTIONS.values()), dtype=torch.float32), dim=1)

@@ -38,7 +38,7 @@ class Config:
     """Training of the embedded model; one straight run by default."""
 
     out: Path = Path("digits.safetensors")
-    """Where the weights go, as float16."""
+    """File to write the weights to, as float16."""
     steps: int = 2300
     """Optimizer steps."""
     tokens: int = 4096

@@ -1,4 +1,4 @@
-"""What a person did that cannot work, told apart from what is wrong with the program."""
+"""Errors in what a user gave to the program, as distinct from faults of the program itself."""
 
 from __future__ import annotations
 

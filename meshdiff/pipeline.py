@@ -43,7 +43,7 @@ def prepare_request(model: VideoModel, request: Request, layout: Layout) -> Requ
 
 
 def check_strategy(model: VideoModel, layout: Layout, strategy: str) -> None:
-    """Raise `InputError` if the model's heads on this layout leave that strategy nothing to do."""
+    """Raise `InputError` if that strategy cannot divide the model's heads on this layout."""
     for transformer in model.transformers:
         heads = transformer.config.heads
         if strategy == "hybrid" and layout.cp > 1 and not 1 < members(heads, heads, layout.cp) < layout.cp:
@@ -61,10 +61,10 @@ class Pipeline:
         mesh: from `init_mesh`; of one with replicas, this rank's takes part.
         dtype: of weights and activations; the sampler's state stays float32.
         compile: compile each block with `torch.compile`.
-        shard_weights: each rank stores its part of every weight, divided by all
-            ranks of the mesh, and gathers the weights of a block at a time. Else
-            every rank stores all of them: `cp` divides activations only.
-        offload: weights lie in host memory and come to the device a block at a time.
+        shard_weights: each weight is sharded between all ranks of the mesh, and
+            the weights of a block are gathered at a time. Otherwise every rank
+            stores all weights: `cp` divides activations only.
+        offload: weights are kept in host memory and copied to the device a block at a time.
         strategy: of self-attention; see `meshdiff.attention`.
 
     Example:
@@ -110,7 +110,7 @@ class Pipeline:
         """Run a request; every rank of the mesh has to call this.
 
         Args:
-            request: what to make; `prepare_request` tells whether it can be done.
+            request: the clip to make; `prepare_request` checks that the model and the layout can do it.
             branches: a prompt for each guidance branch, any number of at least
                 `cfg`; by default the prompt and, if guided, the negative prompt.
             combine: makes one velocity of the branches'; by default
@@ -156,7 +156,7 @@ class Pipeline:
 
 
 def _put_weights(transformer: nn.Module, load: Callable[[Sequence[str]], None], storage: Storage) -> None:
-    """Load the weights to where they are to lie."""
+    """Load the weights into the memory that `storage` names."""
     if any(isinstance(module, Streamed) for module in transformer.modules()):
         raise ValueError("the module's weights are on a mesh already; load it again for another one")
     if storage.divided is None and not storage.on_host:

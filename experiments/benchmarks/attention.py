@@ -58,9 +58,9 @@ class Config:
     ranks: int = 2
     """Processes, at one CPU thread or one GPU each."""
     rounds: int = 15
-    """How often each is timed, in turn."""
+    """Number of times that each is timed, in turn."""
     dtype: str = "float32"
-    """Of query, key and value."""
+    """Dtype of query, key and value."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu or cuda."""
     worker: str | None = None
@@ -68,7 +68,7 @@ class Config:
 
 
 def shards(config: Config, seq: int, mesh: DeviceMesh) -> tuple[list[Tensor], list[Tensor]]:
-    """The whole query, key and value, and this rank's part of them."""
+    """The full query, key and value, and this rank's part of them."""
     generator = torch.Generator().manual_seed(0)
     shape = config.batch, seq, config.heads, config.head_dim
     dtype = getattr(torch, config.dtype)
@@ -184,7 +184,7 @@ PEERS = {
 
 
 def contenders(config: Config, seq: int, mesh: DeviceMesh) -> tuple[dict[str, Contender], dict[str, str]]:
-    """What runs and is right here, and why the rest does not or is not."""
+    """The contenders that run here with right results, and for each of the others the reason why it does not."""
     whole, _ = shards(config, seq, mesh)
     expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in whole)).transpose(1, 2).flatten(2)
     expected = place(expected, mesh, [Shard(1)]).to_local()

@@ -70,12 +70,12 @@ class Config:
     """Time meshdiff.parallelize and diffusers' Ulysses side by side, and compare what they return."""
 
     models: tuple[Literal["wan", "flux", "guidance"], ...] = ("wan", "flux", "guidance")
-    """Which to measure, a table each: Wan attends to a text apart, FLUX to image and text together; guidance calls Wan
+    """Models to measure, a table each: Wan attends to a text apart, FLUX to image and text together; guidance calls Wan
     twice, as a guided step does, on --cfg 2."""
     ranks: int = 2
     """Processes, with a CPU thread each; diffusers' Ulysses needs heads and tokens that they divide."""
     rounds: int = 9
-    """How often each is timed, in turn; one more warms up."""
+    """Number of times that each is timed, in turn; one more warms up."""
     heads: int = 12
     """Attention heads."""
     head_dim: int = 64
@@ -105,7 +105,7 @@ class Config:
 
     @property
     def wan(self) -> Case:
-        """What wan_sides.py builds Wan from."""
+        """The sizes from which `wan_contenders` builds Wan."""
         sizes = {"dim": self.dim, "heads": self.heads, "depth": self.wan_blocks, "ffn_dim": self.wan_ffn}
         return Case(device=self.device, latents=self.latents, dtype=self.dtype, text=self.text, **sizes)
 
@@ -121,7 +121,7 @@ class Config:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """What diffusers' Ulysses divides, by flag."""
+        """The lengths that diffusers' Ulysses divides, by flag."""
         found = {"--heads": self.heads}
         if "wan" in self.models:
             found["tokens of --latents"] = self.wan.tokens
@@ -185,7 +185,7 @@ def without_sending(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def sides(config: Config, name: str, mesh: DeviceMesh) -> dict[str, Callable[[], Any]]:
-    """What is timed; the rank that is alone has others that have nothing to do."""
+    """The calls to time, by name; for the one on a single rank, the other ranks have nothing to do."""
     alone, given = MODELS[name](config)
 
     def call(model: nn.Module) -> Callable[[], Tensor]:
@@ -254,7 +254,7 @@ def measure(config: Config, name: str, mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def measure_share(config: Config, name: str, mesh: DeviceMesh) -> dict[str, Any]:
-    """Seconds in each round of the first rank of the mesh, until all is computed and until all is asked for."""
+    """Seconds of the first rank of the mesh in each round, until all is computed and until all kernels are launched."""
     running = sides(config, name, mesh["cp"])
     del running[LIMIT]
     # What is captured is compared with the model, and here what nobody has sent may be anything.
@@ -269,7 +269,7 @@ def measure_share(config: Config, name: str, mesh: DeviceMesh) -> dict[str, Any]
 
 
 def seconds_until_asked(run: Callable[[], Any]) -> float:
-    """How long the CPU is busy with a call."""
+    """Seconds for which the CPU is busy with a call."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     run()
@@ -326,7 +326,7 @@ def table(config: Config, name: str, outcome: dict[str, Any]) -> Table:
 
 
 def processor(device: str) -> str:
-    """What the machine, or its GPU, calls itself."""
+    """The name of the machine's processor, or of its GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

@@ -1,8 +1,8 @@
-"""How fast layouts are on this machine, against what they could be if communication were free.
+"""The speed of layouts on this machine, against their speed if communication were free.
 
 Every layout is measured twice in the same processes, in turn: as it is, and with each
-collective replaced by a local copy of the same size. The ratio of the two is what
-communication costs; it holds on a noisy machine because both halves are equally disturbed.
+collective replaced by a local copy of the same size. The ratio of the two is the cost of
+communication; it holds on a noisy machine because both halves are equally disturbed.
 
     python -m experiments.benchmarks.layouts
 """

@@ -79,17 +79,17 @@ class Config(Case):
     """Wan's transformer here against diffusers'; sizes left out are small on a CPU, and Wan2.1-1.3B's on a GPU."""
 
     section: Literal["cpu", "gpu"] | None = None
-    """Which part to run, by default that of the device; the GPU part of a small model runs on a CPU as well."""
+    """The part to run, by default that of the device; the GPU part of a small model runs on a CPU as well."""
     rounds: int = 9
-    """How often each is timed, in turn."""
+    """Number of times that each is timed, in turn."""
     runs: int = 3
-    """How often one rank and cfg=2 are measured in new processes, in turn."""
+    """Number of times that one rank and cfg=2 are measured in new processes, in turn."""
     worker: tuple[str, int, int, str] | None = None
     """For the ranks that this script starts: task, cfg, cp, and where to write what was measured."""
 
 
 def checked_error(ours: Ours, theirs: Callable[[], Tensor], config: Config) -> float:
-    """How far apart the outputs are, at most, against the largest value; too far ends the benchmark."""
+    """The largest difference of the outputs, relative to the largest value; one above the limit ends the benchmark."""
     expected = theirs().float()
     found = unpatchify(ours.velocity().full_tensor(), config.grid, WAN.patch)
     error = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -154,7 +154,7 @@ def one_branch(config: Config, mesh: DeviceMesh) -> float:
 
 
 def share(config: Config, mesh: DeviceMesh) -> tuple[str, tuple[float, float], int]:
-    """Of the first rank of a mesh, which has the most to do: its strategy, seconds eager and compiled, bytes."""
+    """The strategy, seconds eager and compiled, and bytes of the first rank of a mesh, which has the most to do."""
     ours = Ours(config, random_weights(config), mesh)
     query = torch.empty(1, config.tokens, config.heads, config.shape.head_dim, dtype=config.torch_dtype)
     query = place(query.to(config.device), mesh["cp"], [SEQUENCE])
@@ -167,7 +167,7 @@ TASKS = {task.__name__: task for task in (compare, sharded_memory, guided, one_b
 
 
 def in_new_ranks(task: Callable[..., Any], layout: Layout, started: int | None = None) -> Any:
-    """What a task returns in processes started for it, with the flags of this one; some or all ranks of a layout."""
+    """The result of a task in processes started for it, with the flags of this one; some or all ranks of a layout."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         worker = ["--worker", task.__name__, str(layout.cfg), str(layout.cp), str(result)]
@@ -190,7 +190,7 @@ def independent() -> float:
 
 
 def flops(config: Config) -> tuple[int, int]:
-    """Of one forward, and of projecting the text; a multiplication and an addition are two."""
+    """Operations of one forward, and of projecting the text; a multiplication and an addition count as two."""
     s, seq, text = config.shape, config.tokens, config.text
     block = 2 * seq * (6 * s.dim * s.dim + 2 * s.dim * s.ffn_dim) + 4 * seq * (seq + text) * s.dim
     ends = 4 * seq * s.patch_dim * s.dim + 2 * s.dim * (s.frequency_dim + 7 * s.dim)
@@ -324,7 +324,7 @@ def show_one_gpu(console: Console, config: Config, theirs: nn.Module, ours: Ours
 
 
 def show_shares(console: Console) -> None:
-    """What one rank of several computes, against its part of what one rank alone does."""
+    """Show the time of one rank of several, against its share of the time of one rank alone."""
     rows, first = [], None
     for cp in (1, 2, 4, 8):
         strategy, times, peak = in_new_ranks(share, Layout(1, cp), started=1)

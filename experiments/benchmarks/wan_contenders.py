@@ -33,10 +33,10 @@ WAN = WanConfig()
 
 @dataclass(frozen=True)
 class Case:
-    """What both transformers are given."""
+    """The sizes and inputs of both transformers."""
 
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
+    """Device to run on."""
     dim: int | None = None
     """Width of the transformer; 768 or 1536."""
     heads: int | None = None
@@ -48,7 +48,7 @@ class Case:
     latents: tuple[int, int, int] | None = None
     """Latent frames, rows and columns; 8 32 32 (2,048 tokens) or 21 60 104 (480 x 832 x 81, 32,760 tokens)."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of weights and activations; float32 or bfloat16."""
+    """Dtype of weights and activations; float32 or bfloat16."""
     text_dim: int = WAN.text_dim
     """Width of encoded text."""
     text: int = 512
@@ -123,7 +123,7 @@ def added_bytes(run: Callable[[], Any], device: str) -> int:
 
 
 def randomize(module: nn.Module) -> nn.Module:
-    """Weights with which every part has a say; those of a new model let next to nothing through their gates."""
+    """Draw weights with which every part affects the output; in a new model the gates are almost closed."""
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():
         if "modulation" in name or "scale_shift_table" in name:
@@ -167,7 +167,7 @@ def weights_of(theirs: nn.Module, config: Case) -> dict[str, Tensor]:
 
 
 def random_weights(config: Case) -> dict[str, Tensor]:
-    """For what needs no diffusers, which takes seconds to import."""
+    """Random weights for code that does without diffusers, which takes seconds to import."""
     with torch.device(config.device):
         return dict(randomize(WanTransformer(config.shape)).named_parameters())
 
@@ -216,7 +216,7 @@ class Ours:
         self.context = self.transformer.encode_text(self.text)
 
     def _put_weights(self, weights: dict[str, Tensor], dtype: torch.dtype, divided: bool) -> None:
-        """As a pipeline does it."""
+        """Put the weights on the mesh as a pipeline does."""
         transformer, cp = self.transformer, self.mesh["cp"]
 
         def load(names: list[str]) -> None:
@@ -251,6 +251,6 @@ class Ours:
 
 
 def compile_blocks(ours: Ours) -> None:
-    """As a pipeline does it."""
+    """Compile the blocks as a pipeline does."""
     for block in ours.transformer.blocks:
         block.compile(fullgraph=True, dynamic=False)

@@ -38,7 +38,7 @@ LETTERS = [chr(code) for code in (*range(0x21, 0x7F), *range(0xA1, 0x100))]
 """ASCII and Latin-1, all that is printed and no blank."""
 
 WEIGHTS = "diffusion_pytorch_model"
-"""What both layouts call the transformer's weights."""
+"""Name of the transformer's file of weights in both layouts."""
 
 # module of the diffusers layout -> module of the authors' layout
 OUTSIDE_BLOCKS = {
@@ -207,7 +207,7 @@ def make_pipeline(config: Config, folder: Path) -> Any:
 
 
 def original_name(name: str) -> str:
-    """What the Wan authors call a tensor of the diffusers layout."""
+    """The name in the Wan authors' layout of a tensor of the diffusers layout."""
     module, _, leaf = name.rpartition(".")
     if leaf == "scale_shift_table":
         return f"{module or 'head'}.modulation"
@@ -245,7 +245,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def write_weights(tensors: dict[str, Tensor], folder: Path, shards: int) -> None:
-    """One file, or as many as asked for and the index that says which tensor is where."""
+    """Write one file, or as many as `shards` and the index that lists the file of each tensor."""
     if shards == 1:
         save_file(tensors, folder / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
         return

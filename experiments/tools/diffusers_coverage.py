@@ -69,7 +69,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Found:
-    """What came of one class on one number of ranks."""
+    """The result for one class on one number of ranks."""
 
     name: str
     ranks: int
@@ -84,7 +84,7 @@ class Found:
 
     @property
     def is_captured(self) -> bool:
-        """Whether its last call ran as a program."""
+        """True if its last call ran as a program."""
         return self.captured.startswith("Captured")
 
     @property
@@ -93,7 +93,7 @@ class Found:
 
     @property
     def is_sharded(self) -> bool:
-        """Every self-attention on shards, and nothing gathered inside a block."""
+        """True if every self-attention ran on shards, and nothing was gathered inside a block."""
         gathered = self.gathers or any(name in self.collectives for name in ("all_gather", "all_reduce"))
         return self.is_right and not self.whole and not gathered and self.attention[0] > 0 and not self.attention[1]
 
@@ -115,7 +115,7 @@ def attempt(model: Tiny, mesh: DeviceMesh) -> Found:
 
 
 def arguments(model: Tiny, call: int) -> dict[str, Any]:
-    """What a call is given: the first tensor of floating point numbers, which is denoised, is another in each."""
+    """Arguments of a call: the first tensor of floating point numbers, which is denoised, differs in each call."""
     given = model.arguments()
     name = next(name for name, value in given.items() if isinstance(value, Tensor) and value.is_floating_point())
     return {**given, name: given[name] * (1 + call / 10)}
@@ -181,7 +181,7 @@ def cell(found: Found) -> str:
 
 
 def table(results: list[list[Found]]) -> str:
-    """In markdown; what is not one number is of the largest number of ranks."""
+    """The table in markdown; columns without a number of ranks are for the largest number of ranks."""
     ranks = [one[0].ranks for one in results]
     errors = " | ".join(f"error, {n} ranks" for n in ranks)
     head = (

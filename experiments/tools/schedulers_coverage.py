@@ -86,10 +86,10 @@ ALONE = next(iter(LAYOUTS))
 STARTS = 2
 STEPS, OTHER_STEPS = 4, 5
 SECONDS = 120
-"""That a rank waits for others before it gives up."""
+"""Seconds that a rank waits for others before it gives up."""
 REQUEST = {"prompt": "a small cat", "negative_prompt": "a dog", "height": 80, "width": 112, "guidance_scale": 4.0}
 REQUESTS: dict[str, dict[str, Any]] = {"wan": {"frames": 5}, "sd3": {}, "pixart": {}, "cogvideox": {"frames": 5}}
-"""Of each pipeline, what its request has besides."""
+"""Additional options of each pipeline's request."""
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "DDIMScheduler": [{}, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}],
@@ -101,7 +101,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "PNDMScheduler": [{}, {"skip_prk_steps": True}],
     "SASolverScheduler": [{}, {"algorithm_type": "noise_prediction"}],
 }
-"""Settings to try, of schedulers with several ways to go on."""
+"""Settings to try for schedulers that have several algorithms."""
 TOKENS = "samples discrete tokens, which no model of latents predicts"
 REASONS = {
     "AmusedScheduler": TOKENS,
@@ -120,7 +120,7 @@ REASONS = {
     "UnCLIPScheduler": "has no `order`, which these pipelines ask for; its models are unCLIP's",
     "VQDiffusionScheduler": TOKENS,
 }
-"""Why a scheduler fits none of the pipelines; of others it is said what it raises."""
+"""Reasons why schedulers fit none of the pipelines; for others the table has the error that they raise."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of the scheduler, with its settings."""
+        """The name of the scheduler, with its settings."""
         settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
         return self.scheduler + (f" ({settings})" if settings else "")
 
@@ -150,9 +150,9 @@ class Config:
     cases: Path | None = None
     """A file of what to run, as JSON; it and the flags below are what the ranks are handed."""
     layout: str = ALONE
-    """Of those in the table."""
+    """Name of a layout in the table."""
     start: int = 0
-    """Of the same layout, 0 or 1; at the first, the clip is made a second time, after another one."""
+    """Number of the start of that layout, 0 or 1; in the first, the clip is made again after another one."""
 
 
 def scheduler_names() -> list[str]:
@@ -213,7 +213,7 @@ def on_ranks(config: Config) -> None:
 
 
 def attempt(case: Case, layout: Layout, mesh: DeviceMesh, start: int) -> dict[str, Any]:
-    """One case: its clip, the same after another one, and whether a global generator counts, which one rank tells."""
+    """Run one case: its clip, the same clip after another one, and, on one rank, True if it uses global generators."""
     try:
         model = pipelines.DiffusersModel(case.folder)
         request = Request(**REQUEST, **REQUESTS[case.pipeline])
@@ -304,7 +304,7 @@ def number(error: float) -> str:
 
 
 def table(rows: list[Found]) -> str:
-    """In markdown."""
+    """The table in markdown."""
     cells = [["scheduler", "pipelines", "global draws", "twice", "after another", *list(LAYOUTS)[1:]]]
     cells.append(["---"] * len(cells[0]))
     for row in rows:

@@ -54,7 +54,7 @@ class Config(ModelFlags):
     """Weights & Biases project."""
 
     def flags(self) -> dict[str, object]:
-        """Every flag and its value."""
+        """All flags with their values."""
         flat = dataclasses.asdict(self)
         request = flat.pop("request")
         flat = {**request.pop("options"), **request, **flat.pop("shape"), **flat}

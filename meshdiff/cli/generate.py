@@ -1,4 +1,4 @@
-"""What `run.py` does once flags are read and ranks are there: one clip, or a list of them."""
+"""The work of `run.py` after flags are read and ranks are started: one clip, or a list of them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def generate(
     on_stage: Callable[[str], None],
     on_step: Callable[[int], None],
 ) -> tuple[Tensor, RunMetrics]:
-    """The run itself, the same on every layout."""
+    """Generate a clip and measure the run, in the same way on every layout."""
     timer, memory = Timer(config.device_type), PeakMemory(config.device_type)
 
     def stage(name: str) -> None:
@@ -123,7 +123,7 @@ def start_wandb(config: Config, layout: Layout, folder: Path, group: str | None 
 
 
 def log_clip(run: Any, metrics: RunMetrics, folder: Path) -> None:
-    """The time of each step, and the clip."""
+    """Log the time of each step, the clip and the metrics to W&B."""
     import wandb
 
     for seconds in metrics.seconds_per_step:
@@ -133,7 +133,7 @@ def log_clip(run: Any, metrics: RunMetrics, folder: Path) -> None:
 
 
 def summary(metrics: RunMetrics, out: Path) -> Table:
-    """What a person wants to know at the end."""
+    """A table of the main metrics, to print after a run."""
     table = Table(show_header=False, title=Text(metrics.prompt), title_style="bold")
     layout = ", ".join(f"{name} {size}" for name, size in metrics.layout.items() if name != "dp")
     played = " (simulated)" if metrics.simulated else ""
@@ -155,7 +155,7 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
 
 
 def write(video: Tensor, fps: int, metrics: RunMetrics, wandb_run: Any, folder: Path) -> None:
-    """All files of a clip; the one that says it is complete comes last."""
+    """Write all files of a clip; the file that marks it as complete is the last one."""
     try:
         write_video(video, folder, fps)
         if wandb_run is not None:
@@ -166,7 +166,7 @@ def write(video: Tensor, fps: int, metrics: RunMetrics, wandb_run: Any, folder: 
 
 
 def output_of_run(config: Config, layout: Layout) -> tuple[Path, Literal["nothing", "begun", "complete"]]:
-    """The folder to write, the same on every rank, and how far it had come when torchrun restarted this run."""
+    """The folder to write, the same on every rank, and its state when torchrun restarted this run."""
     out = config.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{layout}"
     before: Literal["nothing", "begun", "complete"] = "nothing"
     if is_first_rank() and (earlier := recall("out")) is not None:
@@ -176,7 +176,7 @@ def output_of_run(config: Config, layout: Layout) -> tuple[Path, Literal["nothin
 
 
 def make_clip(config: Config, layout: Layout, model: Any) -> None:
-    """Generate and write one clip; every rank comes by here, rank 0 alone talks and writes."""
+    """Generate and write one clip; every rank calls this, and only rank 0 prints and writes."""
     console = Console()
     out, before = output_of_run(config, layout)
     if before == "complete":  # a rank was lost between writing and ending
@@ -269,14 +269,14 @@ def split_valid(model: VideoModel, layout: Layout, entries: list[Entry]) -> tupl
 
 
 def estimated_cost(model: VideoModel, request: Request) -> int:
-    """How long a request takes, in no unit: tokens that go through the transformer."""
+    """Relative time of a request: the number of tokens that pass through the transformer."""
     return math.prod(model.grid(request)) * (request.steps or 1) * len(request.branches)
 
 
 def begin_list(
     out: Path, go_on: bool, config: Config, ready: dict[Entry, Request], refused: list[Record]
 ) -> list[Entry]:
-    """Make the folder of a list, or put one right that is to be gone on with; returns what is to do."""
+    """Make the folder of a list, or repair that of a list to be continued; returns the entries still to be done."""
     if not (go_on and out.is_dir()):
         fresh(out)
     remember("out", str(out))
@@ -288,7 +288,7 @@ def begin_list(
 
 @contextlib.contextmanager
 def wandb_of_list(config: Config, layout: Layout, out: Path, wanted: bool) -> Iterator[Any]:
-    """A W&B run for the clips of a replica, those of a list in one group; or None."""
+    """A W&B run for the clips of a replica, or None; the runs of a list are in one group."""
     with agreed():  # the ranks that have none would wait for one that could not start its own
         run = start_wandb(config, layout, out, group=out.name) if wanted else None
     yield run
@@ -306,7 +306,7 @@ def make_entry(
     wandb_run: Any,
     on_step: Callable[[int], None],
 ) -> None:
-    """Generate and write one clip of a list; every rank of a replica comes by here.
+    """Generate and write one clip of a list; every rank of a replica calls this.
 
     Raises:
         InputError: on all of them, if it cannot be done.
@@ -327,7 +327,7 @@ def make_entry(
 
 
 class SharedProgress:
-    """One bar for what all replicas do; they tell of it through counters, so that none waits for another."""
+    """A progress bar for all replicas, which report through counters, so that none waits for another."""
 
     def __init__(self, progress: Progress, first: bool, requests: int, steps: int) -> None:
         self.progress, self.first, self.requests = progress, first, requests
@@ -345,7 +345,7 @@ class SharedProgress:
             self._show(self.steps.add(0))
 
     def wait(self) -> None:
-        """Until every request has been done, or has failed; replicas may take much longer than any time-out."""
+        """Wait until every request is done or has failed; replicas may take much longer than any time-out."""
         while self.done.add(0) < self.requests:
             time.sleep(0.1)
             self._show(self.steps.add(0))

@@ -16,7 +16,7 @@ COMMANDS = {
     "run": ("meshdiff.cli.run", "make one clip from a prompt, or many from a list, on one device or on many"),
     "sweep": ("meshdiff.cli.sweep.main", "time layouts side by side on this machine, and draw what comes out"),
 }
-"""Each command's module, whose `command(arguments)` returns an exit code, and a line about it."""
+"""The module of each command, whose `command(arguments)` returns an exit code, and a line about it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

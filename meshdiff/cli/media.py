@@ -1,4 +1,4 @@
-"""Clips as files: what a person looks at, and the exact numbers."""
+"""Clips as files: videos and pictures to look at, and the exact numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["to_pixels", "write_video"]
 
 SHORTER_SIDE = 256
-"""Clips smaller than this are magnified, by whole numbers, to be seen."""
+"""Pixels of the shorter side below which clips are magnified, by an integer factor, for viewing."""
 SHEET_FRAMES = 8
 
 

@@ -1,4 +1,4 @@
-"""What a run reports of itself: time, memory, communication, versions."""
+"""Metrics of a run: time, memory, communication, versions."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Timer:
         self._last = now
 
     def finish(self) -> tuple[float, dict[str, float]]:
-        """Seconds of everything, and of each stage."""
+        """Seconds of the run, and of each stage."""
         end = self._now()
         ends = [*(start for _, start in self._stages[1:]), end]
         return end - self.start, {name: stop - start for (name, start), stop in zip(self._stages, ends, strict=True)}
@@ -56,10 +56,10 @@ class Timer:
 
 
 class PeakMemory:
-    """The most memory that this process holds from here on: of the GPU's allocator on CUDA, of the process on CPU.
+    """The peak memory of this process from here on: of the GPU's allocator on CUDA, of the process on CPU.
 
     Attributes:
-        start: bytes that it holds already: weights, and on a CPU all that was imported.
+        start: bytes that it holds already: weights, and on a CPU all imported modules.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -73,7 +73,7 @@ class PeakMemory:
         self.start = self.so_far()
 
     def so_far(self) -> int:
-        """Bytes."""
+        """The peak so far, in bytes."""
         if self.device_type == "cuda":
             return torch.cuda.max_memory_allocated()
         try:
@@ -95,14 +95,14 @@ class RunMetrics:
     checkpoint: str | None
     weights: str | None
     shape: dict[str, int] | None
-    """Of a model that was drawn at random."""
+    """Shape of a model of random weights; None for others."""
     layout: dict[str, int]
     """Ranks of each mesh dim."""
     world_size: int
     replica: int
-    """Of those that the layout has, the one that made the clip."""
+    """Index of the replica that made the clip."""
     simulated: bool
-    """Whether one process played all ranks: its times say nothing about speed."""
+    """True if one process simulated all ranks, so that its times say nothing about speed."""
     prompt: str
     negative_prompt: str
     seed: int
@@ -110,34 +110,34 @@ class RunMetrics:
     height: int
     width: int
     steps: int | None
-    """None, as for guidance_scale: as the pipeline of diffusers has it."""
+    """Sampling steps; None, as for guidance_scale, if the default of a pipeline of diffusers was used."""
     guidance_scale: float | None
     solver: str
     shift: float | None
     strategy: str
-    """Of self-attention, as it was asked for."""
+    """Strategy of self-attention, as given by the flag."""
     dtype: str
     compiled: bool
     captured: dict[str, str]
-    """What became of capturing the calls of each transformer, where that was asked for."""
+    """The outcome of capturing the calls of each transformer, if capture was requested."""
     shard_weights: bool
     low_memory: int
     seconds_total: float
-    """From prompt to frames, loading of the transformer and writing excluded."""
+    """Seconds from prompt to frames, without loading the transformer and writing files."""
     seconds_by_stage: dict[str, float]
     seconds_per_step: list[float]
     median_seconds_per_step: float
-    """The first step, which meets everything for the first time, left out."""
+    """Median without the first step, which includes one-time work."""
     peak_memory_bytes: list[int]
-    """For each rank of the replica, while it made the clip; see `PeakMemory`. One in a simulation."""
+    """Peak memory of each rank of the replica while it made the clip; see `PeakMemory`. One entry in a simulation."""
     start_memory_bytes: list[int]
-    """What of that it held before."""
+    """Memory that each of these ranks held before it made the clip."""
     comms: dict[str, dict[str, dict[str, int]]]
-    """By mesh dim and collective: calls, and bytes one rank sent to others (of the rank that sent most)."""
+    """Calls by mesh dim and collective, and bytes that one rank sent to others (the rank that sent most)."""
     device: str
     threads_per_rank: int
     options: dict[str, object]
-    """Those of the request that other models do not have."""
+    """Options of the request that only this model has."""
     torch_version: str = torch.__version__
     meshdiff_version: str = field(default_factory=lambda: meshdiff.__version__)
 
@@ -157,11 +157,11 @@ def collect(
     """Gather the metrics of a finished run on every rank of the replica that made it; a collective.
 
     Args:
-        pipeline: which made the clip.
+        pipeline: the pipeline that made the clip.
         request: with nothing left open.
         layout: the mesh's.
-        timer, memory, comms: of the run.
-        described: the other fields that the caller knows.
+        timer, memory, comms: those of the run.
+        described: the other fields of `RunMetrics`.
     """
     seconds, stages = timer.finish()
     ranks = all_gather_object((memory.so_far(), memory.start, comms.as_dict()), pipeline.mesh)
@@ -195,7 +195,7 @@ def _largest(ranks: list[dict[str, dict[str, dict[str, int]]]]) -> dict[str, dic
 
 
 def device_name(device_type: str) -> str:
-    """What "cuda" or "cpu" is on this machine."""
+    """The name of this machine's GPU for "cuda", or of its processor for "cpu"."""
     if device_type == "cuda":
         return torch.cuda.get_device_name()
     try:

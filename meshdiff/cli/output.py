@@ -53,7 +53,7 @@ def output_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove_partial(path: Path) -> None:
-    """What killed runs that were to become `path` left behind."""
+    """Remove the hidden folders that killed runs with the output `path` left behind."""
     for leftover in [*path.parent.glob(f".{path.name}.partial-*"), *path.parent.glob(f".{path.name}.old-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -69,7 +69,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _move(partial: Path, path: Path) -> None:
-    """Put the new folder in the place of what is there, in as short a time as can be."""
+    """Put the new folder in the place of the old one, in as short a time as possible."""
     if not path.exists():
         partial.rename(path)
         return

@@ -1,4 +1,4 @@
-"""The list of `--prompts`: from a file or standard input, to every rank."""
+"""The list of `--prompts`, read from a file or standard input for every rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_list(config: Config, first: bool) -> str:
 
 @contextlib.contextmanager
 def list_for_ranks(config: Config, text: str | None) -> Iterator[list[str]]:
-    """Flags that give ranks which are yet to be started a list that was read from standard input, and is read."""
+    """Flags for ranks that are about to be started, which name a file with the list read from standard input."""
     if config.prompts != "-" or text is None:
         yield []
         return

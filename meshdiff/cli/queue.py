@@ -1,4 +1,4 @@
-"""Many requests on a mesh with replicas: who does which, what is done already, and the record of it."""
+"""Many requests on a mesh with replicas: their division between replicas, and the record of those that are done."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Record:
     """A line of `results.jsonl`."""
 
     line: int
-    """Of the list of requests."""
+    """Line number in the list of requests."""
     name: str
     status: str
     """"ok", or "failed"."""
     error: str | None = None
     seconds: float | None = None
-    """From prompt to frames."""
+    """Seconds from prompt to frames."""
     replica: int | None = None
-    """Which of the replicas did it."""
+    """Index of the replica that did it."""
 
     def append(self, folder: Path) -> None:
-        """One write, so that replicas do not write into each other's lines."""
+        """Append the line to the file in one write, so that replicas do not write into each other's lines."""
         line = (json.dumps(asdict(self)) + "\n").encode()
         descriptor = os.open(folder / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -50,14 +50,14 @@ class Record:
 
 
 class Counter:
-    """A number that all ranks share and any of them raises; nobody waits for anybody."""
+    """A number that all ranks share and each can increase; no rank waits for another."""
 
     def __init__(self, name: str) -> None:
         self.name = f"meshdiff/{name}"
         self._alone = 0
 
     def add(self, amount: int) -> int:
-        """What it is after adding."""
+        """Add to the number, and return its new value."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             return store().add(self.name, amount)
         self._alone += amount
@@ -79,12 +79,12 @@ def take_turns(mesh: DeviceMesh, count: int, counter: Counter) -> Iterator[int]:
 
 
 def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, Any] | None = None) -> list[Entry]:
-    """What is still to do of a list, in a folder where it may have been begun; the record is put right.
+    """The entries of a list that are still to be done, in a folder where it may have been begun; repairs the record.
 
     Args:
-        folder: of the whole list.
+        folder: the folder of the list.
         requests: the good entries, with nothing left open.
-        model: what else `metrics.json` has to say of a clip that is not to be done again.
+        model: other values that `metrics.json` must have for a clip that is not to be done again.
 
     Raises:
         InputError: if a folder holds the clip of another request, or model, under the name of one of these.
@@ -133,10 +133,10 @@ def _check_same(entry: Entry, asked: Mapping[str, Any], metrics: Mapping[str, An
 
 
 def fresh(folder: Path) -> None:
-    """Make the folder of a whole list.
+    """Make the folder of a list.
 
     Raises:
-        InputError: if it holds something.
+        InputError: if it is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("--out", f"{folder} is not empty; name another folder, or add --resume to go on with it")

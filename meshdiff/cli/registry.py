@@ -1,4 +1,4 @@
-"""The models that `meshdiff run` has: how each opens, which flags it takes, and who runs it.
+"""The models of `meshdiff run`: for each, functions that open and run it, and the flags that it takes.
 
 A new model is a file in `meshdiff/models` with a `VideoModel`, a name in `ModelName` and an entry in `MODELS`.
 """
@@ -77,7 +77,7 @@ class ModelFlags:
 
     @property
     def entry(self) -> ModelEntry:
-        """What the registry has of the model."""
+        """The registry's entry of the model."""
         return MODELS[self.model]
 
     @property
@@ -93,7 +93,7 @@ class ModelFlags:
         return self.entry.open(self)
 
     def of_model(self) -> dict[str, object]:
-        """The fields of `RunMetrics` that say what, besides its request, a clip depends on."""
+        """The fields of `RunMetrics` on which a clip depends, besides those of its request."""
         return {
             "model": self.model,
             "checkpoint": self.checkpoint,
@@ -103,7 +103,7 @@ class ModelFlags:
         }
 
     def of_run(self) -> dict[str, object]:
-        """The fields of `RunMetrics` that these flags say."""
+        """The fields of `RunMetrics` that follow from these flags."""
         return {
             **self.of_model(),
             "strategy": self.strategy,
@@ -114,7 +114,7 @@ class ModelFlags:
         }
 
     def check_model(self) -> None:
-        """Raise `InputError` for flags that the model does not take, or lacks."""
+        """Raise `InputError` for flags that the model does not take, and for a missing one that it needs."""
         entry, defaults = self.entry, ModelFlags()
         if entry.checkpoint is not None and self.checkpoint is None:
             raise InputError("--checkpoint", f"is missing; name {entry.checkpoint}")
@@ -131,7 +131,7 @@ class ModelFlags:
 
 
 Made = tuple[Request, Mapping[str, str]]
-"""A request with the sizes of the clip that was made, and what became of capturing each transformer."""
+"""A request with the sizes of the clip that was made, and the outcome of capturing each transformer."""
 
 
 def _pipeline(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Pipeline:
@@ -151,23 +151,23 @@ class ModelEntry:
     """A model of the command line."""
 
     open: Callable[[ModelFlags], Any]
-    """Gives the `VideoModel`, checked."""
+    """Function that returns the `VideoModel`, checked."""
     defaults: Callable[[], Request]
-    """Gives what a request has where no flag does."""
+    """Function that returns the request whose values hold for flags that are not given."""
     flags: frozenset[str]
-    """Of the flags in `OF_SOME_MODELS`, those that it takes."""
+    """The flags in `OF_SOME_MODELS` that it takes."""
     strategies: tuple[str, ...] = get_args(Strategy)
     """Values of --strategy that it takes."""
     checkpoint: str | None = None
-    """For models that are read from --checkpoint: what to name there."""
+    """Description of the value of --checkpoint, for an error message; None for models that do not need it."""
     run: Callable[[ModelFlags, Any, DeviceMesh], Any] = _pipeline
-    """Gives what generates clips on a mesh, with the `generate`, `mesh`, `replica` and `model` of a `Pipeline`."""
+    """Function that returns an object with the `generate`, `mesh`, `replica` and `model` of a `Pipeline`."""
     branches: Callable[[Any, Request], int] = lambda model, request: len(request.branches)
-    """Counts the guidance branches of a step, given the model."""
+    """Function that returns the number of guidance branches of a step, given the model."""
     unguided: Callable[[Any], str] = lambda model: "guidance scale 1"
-    """Says why there is but one branch, or what it takes to have two, given the model."""
+    """Function that returns the reason for a single branch, or the condition for two, given the model."""
     made: Callable[[Any, Request, Tensor], Made] = lambda run, request, clip: (request, {})
-    """Given what generated a clip: see `Made`."""
+    """Function that returns a `Made`, given the result of `run`, the request and the clip."""
 
 
 OF_SOME_MODELS = (
@@ -185,7 +185,7 @@ OF_SOME_MODELS = (
 
 
 def import_diffusers() -> ModuleType:
-    """The integration that runs pipelines of diffusers, which other models do without.
+    """The integration that runs pipelines of diffusers, which other models do not need.
 
     Raises:
         InputError: if diffusers is not installed.
@@ -250,4 +250,4 @@ MODELS: dict[ModelName, ModelEntry] = {
         flags=OURS | {"shape"},
     ),
 }
-"""What `--model` may name."""
+"""Models by the name that `--model` takes."""

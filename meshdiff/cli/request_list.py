@@ -28,8 +28,8 @@ class Entry:
     Attributes:
         line: its number, from 1.
         name: the folder of its clip, unlike that of any other line.
-        request: what it asks for; None if that cannot be read.
-        error: why it cannot be read; None if it can.
+        request: the request of that line; None if it cannot be read.
+        error: the reason why it cannot be read; None if it can.
     """
 
     line: int
@@ -42,11 +42,11 @@ def decode_list(data: bytes, source: str) -> str:
     """The text of a list.
 
     Args:
-        data: as it was read.
+        data: the bytes of the list.
         source: the file's name, for errors.
 
     Raises:
-        InputError: if it is not UTF-8. Of the whole list, as letters of its other lines may be wrong as well.
+        InputError: if it is not UTF-8. The full list is refused, as letters of its other lines may be wrong as well.
     """
     wide = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
     if data.startswith(wide) or 4 * data.count(0) > len(data):  # every other byte of English without a mark is 0
@@ -71,7 +71,7 @@ def _has_wide_lines(data: bytes) -> bool:
 
 
 def _not_utf8(source: str, where: str, encoding: str) -> InputError:
-    """`encoding` is a guess, for the command."""
+    """The error for a list that is not UTF-8; `encoding` is a guess, for the command in the message."""
     return InputError(
         "--prompts", f"{source} is not UTF-8{where}; save it as UTF-8, or convert it: iconv -f {encoding} -t UTF-8"
     )
@@ -81,12 +81,12 @@ def read_requests(text: str, base: Request) -> list[Entry]:
     """The entries of a list, good and bad; blank lines are none.
 
     A line that starts with `{` is a JSON object with any of the fields of
-    `base`, and `name`; any other line is a prompt. What a line leaves out is as
-    in `base`.
+    `base`, and `name`; any other line is a prompt. Fields that a line leaves out
+    are those of `base`.
 
     Args:
         text: the list.
-        base: the request that lines change; its class, and that of its options, say which fields there are.
+        base: the request that lines change; its class, and that of its options, define the fields.
     """
     entries: list[Entry] = []
     taken: dict[str, int] = {}
@@ -128,7 +128,7 @@ def _read(line: str, base: Request, number: str) -> tuple[str, Request]:
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Whether a value read from JSON is one that a field's annotation allows."""
+    """True if a field's annotation allows a value that was read from JSON."""
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, UnionType):

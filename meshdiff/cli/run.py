@@ -28,11 +28,11 @@ from meshdiff.errors import InputError
 from meshdiff.pipeline import check_strategy, prepare_request
 
 COMMAND = ("-P", "-m", "meshdiff", "run")
-"""Of `python`, for ranks that this process starts; -P keeps files of the folder it runs in from being imported."""
+"""Arguments of `python` for ranks that this process starts; with -P, files of the working folder are not imported."""
 
 
 def parse(arguments: list[str]) -> Config:
-    """Read the flags; a parse error becomes an `InputError`, so that all ranks hear of it."""
+    """Read the flags; a parse error becomes an `InputError`, so that `agreed` can raise it on all ranks."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
@@ -46,7 +46,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def _defaults(arguments: list[str]) -> Config:
-    """Those of the model that is named, which the help is to show."""
+    """The default flags, with the named model's default request, so that the help shows it."""
     entry = _peek_entry(arguments)
     return Config() if entry is None else Config(request=entry.defaults())
 
@@ -64,7 +64,7 @@ def peek(flag: str, arguments: list[str]) -> str | None:
 
 
 def timeout(arguments: list[str]) -> timedelta:
-    """How long to wait for other ranks, with which the flags are yet to be agreed on."""
+    """The time to wait for other ranks, read before the ranks have agreed on the flags."""
     given = peek("--timeout", arguments) or ""
     entry = _peek_entry(arguments)
     slow = torch.cuda.is_available() or (entry is not None and entry.checkpoint is not None)
@@ -72,7 +72,7 @@ def timeout(arguments: list[str]) -> timedelta:
 
 
 class ParseError(InputError):
-    """What tyro says about flags it cannot read, in its own words."""
+    """Tyro's own message about flags that it cannot read."""
 
     exit_code = 2
 
@@ -81,7 +81,7 @@ class ParseError(InputError):
 
 
 class HelpAsked(ParseError):
-    """Not an error: the flags, explained."""
+    """The help text of the flags; not an error."""
 
     exit_code = 0
 

@@ -1,1 +1,1 @@
-"""Sampling: what a request asks for, guidance, and the way from noise to data."""
+"""Sampling: requests, guidance, and the way from noise to data."""

@@ -52,12 +52,12 @@ def classifier_free(scale: float) -> Combine:
 def divide_branches(context: Tensor, mesh: DeviceMesh) -> DTensor:
     """Give every cfg rank the context of its branches, once a run; nothing is sent.
 
-    Any number of branches on any number of `cfg` ranks: where the ranks do not
-    divide the branches, the ranks that would wait run the last branch as well.
+    It takes any number of branches on any number of `cfg` ranks: where the ranks
+    do not divide the branches, the ranks that would wait run the last branch too.
 
     Args:
-        context: what each branch is conditioned on, a DTensor `[branches, ...]`
-            whole on every rank of `mesh["cp"]` and the same on every cfg rank.
+        context: the condition of each branch, a DTensor `[branches, ...]`
+            replicated on `mesh["cp"]` and the same on every cfg rank.
         mesh: 2-D, dims ("cfg", "cp").
 
     Returns:
@@ -75,10 +75,10 @@ def run_branches(denoise: Denoise, x: Tensor, context: DTensor, branches: int) -
     """Every branch's velocity for the same tokens.
 
     Args:
-        denoise: the model; it sees this rank's branches only, and not the cfg dim.
+        denoise: the model; it gets this rank's branches only, and no cfg dim.
         x: tokens, a DTensor `[1, seq, channels]` placed (Replicate, Shard(1)) on a ("cfg", "cp") mesh.
         context: from `divide_branches`.
-        branches: how many there are.
+        branches: number of branches.
 
     Returns:
         Velocities, a DTensor `[branches, seq, channels]` placed (Replicate, Shard(1)).

@@ -1,4 +1,4 @@
-"""What one generation is asked for, independent of the mesh it runs on."""
+"""Requests: the options of one generation, independent of the mesh it runs on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """One clip to generate. What is None is as the model has it: its `prepare` fills it in.
+    """One clip to generate. A field that is None is chosen by the model: its `prepare` fills it in.
 
     Raises:
         InputError: if a value cannot be that of any model.

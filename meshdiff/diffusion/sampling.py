@@ -1,4 +1,4 @@
-"""From noise to data along a learned flow, on state that stays where it is.
+"""Sampling from noise to data along a learned flow, on state that stays on its ranks.
 
 The flow is `x = (1 - time) * data + time * noise`, time falling from 1 to 0;
 the model gives the velocity d(x)/d(time). Every update is elementwise, so the
@@ -30,20 +30,20 @@ def flow_times(steps: int, shift: float = 1.0) -> list[float]:
 
 
 class Solver(Protocol):
-    """Advances the state by one step, given the velocity at its start."""
+    """An integrator that advances the state by one step, given the velocity at the start of the step."""
 
     def step(self, x: Tensor, velocity: Tensor, time: float, next_time: float) -> Tensor: ...
 
 
 class Euler:
-    """First order: the velocity stays what it is during the step."""
+    """First-order solver: the velocity is constant during the step."""
 
     def step(self, x: Tensor, velocity: Tensor, time: float, next_time: float) -> Tensor:
         return x + (next_time - time) * velocity
 
 
 class AdamsBashforth2:
-    """Second order at one evaluation a step: the velocity goes on changing as it changed last.
+    """Second-order solver with one evaluation a step: the velocity is extrapolated linearly from the last two.
 
     Adams-Bashforth with a variable step (Hairer, Norsett & Wanner, "Solving
     Ordinary Differential Equations I", III.5). The first step is Euler's.

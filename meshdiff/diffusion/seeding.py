@@ -1,4 +1,4 @@
-"""Random numbers of code that brings no generator of its own: the same on every rank, and no trace of it left."""
+"""Random numbers for code without a generator of its own: the same on every rank; global generators are restored."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def seeded(seed: int) -> Iterator[None]:
 def _accelerator() -> ModuleType | None:
     """The module of this machine's accelerator, `torch.cuda` say, if this process uses one.
 
-    Asking another for its state would initialize it, which takes seconds and memory, and fails in a forked process.
+    Reading the state of an unused one would initialize it, which takes seconds and memory, and fails in a fork.
     """
     if not torch.accelerator.is_available():
         return None
@@ -63,7 +63,7 @@ def _accelerator() -> ModuleType | None:
 
 
 def _numpy() -> ModuleType | None:
-    """NumPy, which the library does without."""
+    """NumPy, which the library does not need; None if it is not installed."""
     try:
         import numpy
     except ImportError:

@@ -1,1 +1,1 @@
-"""Ranks: meshes, collectives, shards of tensors, and their simulation; nothing here knows attention or a model."""
+"""Ranks: meshes, collectives, shards of tensors, and their simulation; nothing here uses attention or a model."""

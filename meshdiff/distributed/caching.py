@@ -1,4 +1,4 @@
-"""Results that are kept, of functions that say the same every time; graphs that are compiled do without."""
+"""Caches for functions that always return the same result for the same arguments; compiled graphs do not use them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST = 4096
 
 
 def cached(function: Callable[P, R]) -> Callable[P, R]:
-    """`lru_cache`, which dynamo traces through and warns of."""
+    """Apply `lru_cache`, except under `torch.compile`: dynamo traces through `lru_cache` and warns about it."""
     found: Any = lru_cache(maxsize=MOST)(function)
 
     @wraps(function)
@@ -30,10 +30,10 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def lru_cache_by_mesh(function: Callable[[DeviceMesh, *Arguments], R]) -> Callable[[DeviceMesh, *Arguments], R]:
-    """The same for a function of a mesh and more.
+    """Do the same as `cached` for a function whose first argument is a mesh.
 
-    Meshes over the same ranks are equal to each other, those of a process group that has ended too, so
-    it goes by which mesh it is.
+    Meshes over the same ranks compare equal, also those of a process group that has ended, so the cache
+    compares meshes by identity.
     """
 
     @lru_cache(maxsize=MOST)

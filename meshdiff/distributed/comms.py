@@ -1,4 +1,4 @@
-"""What a program sends: the count and bytes of every collective, by mesh dim."""
+"""The communication of a program: the count and bytes of every collective, by mesh dim."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from meshdiff.distributed.torch_compat import HigherOrderOperator, TorchDispatch
 __all__ = ["WAITED", "CommsCounter", "Traffic"]
 
 WAITED = "waited in "
-"""How the note begins that says of an error in which collective, on which mesh dim, it came up."""
+"""The prefix of the note on an error that names the collective, and its mesh dim, in which the error was raised."""
 
 
 @dataclass
 class Traffic:
     """Calls of one collective on one mesh dim, and the bytes that one rank sent to others in them.
 
-    Of a collective with a root, the bytes are the root's.
+    For a collective with a root, these are the bytes that the root sent.
     """
 
     count: int = 0
@@ -120,7 +120,7 @@ class CommsCounter(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let `torch.compile` compile what it counts; collectives of the compiled code come by all the same."""
+        """Let `torch.compile` compile the code it counts; collectives of compiled code still pass through this mode."""
         return True
 
     def as_dict(self) -> dict[str, dict[str, dict[str, int]]]:

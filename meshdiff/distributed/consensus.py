@@ -1,4 +1,4 @@
-"""What ranks must agree on before they meet in a collective, where a disagreement would hang."""
+"""Agreement of ranks before they meet in a collective, in which a disagreement would hang."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = [
 T = TypeVar("T")
 
 OF_GLOO = re.compile(r"\bgloo\b", re.IGNORECASE)
-"""In what gloo says, whose errors have no class of their own."""
+"""Pattern found in messages of gloo's errors, which have no class of their own."""
 
 
 def is_first_rank(mesh: DeviceMesh | None = None) -> bool:
-    """Whether this rank does the talking and the writing, of a mesh or of the world."""
+    """True if this rank is the first of a mesh or of the world: the one that prints and writes."""
     if not dist.is_initialized() or is_simulated():
         return True
     return dist.get_rank() == 0 if mesh is None else not any(mesh.get_coordinate() or ())
@@ -43,9 +43,9 @@ def all_gather_object(value: T, mesh: DeviceMesh | None = None, what: str = "") 
     """The `value` of every rank, of a mesh or of the world, in the order of ranks, on every rank; a collective.
 
     Args:
-        value: what `pickle` takes.
+        value: an object that can be pickled.
         mesh: the ranks that meet here; by default all.
-        what: what they meet for, where a rank may have gone another way.
+        what: the purpose of the call, to be compared between ranks that might be at different calls.
 
     Raises:
         RuntimeError: on every rank, if they do not all meet for `what`.
@@ -71,7 +71,7 @@ def all_gather_object(value: T, mesh: DeviceMesh | None = None, what: str = "") 
 
 
 class _Meeting(NamedTuple):
-    """The value of a rank, and what it is at, where another may be at something else."""
+    """The value of a rank, and the purpose of its call, as another rank may be at a different call."""
 
     what: str
     value: Any
@@ -79,10 +79,10 @@ class _Meeting(NamedTuple):
 
 @contextmanager
 def agreed(mesh: DeviceMesh | None = None) -> Iterator[None]:
-    """If one rank's body raises `InputError`, every rank does, so that none waits for ever; a collective.
+    """Raise `InputError` on every rank if one rank's body does, so that no rank waits forever; a collective.
 
-    Of all ranks of a mesh or of the world. Other exceptions pass as they are:
-    they end the process, which ends the job.
+    All ranks of a mesh or of the world take part. Other exceptions pass as they
+    are: they end the process, which ends the job.
     """
     error: InputError | None = None
     try:
@@ -115,10 +115,10 @@ def check_same(flags: Mapping[str, object]) -> None:
 
 
 def after_first_rank(name: str) -> None:
-    """Wait, however long it takes, until the first rank comes by here; no collective, so no time-out.
+    """Wait without a time-out until the first rank has called this as well; not a collective.
 
     Args:
-        name: of this place, once a run.
+        name: name of this call, used once in a run.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1 or is_simulated():
         return
@@ -129,5 +129,5 @@ def after_first_rank(name: str) -> None:
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether it says that a collective failed, which a rank that is missing makes it do."""
+    """True if the error reports that a collective failed, as it does when a rank is missing."""
     return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(OF_GLOO.search(str(error))))

@@ -1,4 +1,4 @@
-"""The end of a rank when something went wrong: one line for a person, and the same for torchrun's report."""
+"""The end of a rank after an error: one line for the user, and the same line for torchrun's report."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["as_input_error", "ended_by", "ended_by_signal"]
 
 
 def ended_by(error: Exception, heartbeats: Heartbeats) -> int | None:
-    """Print why this rank has to end, in a line, unless another rank has done so.
+    """Print the reason why this rank has to end, in a line, unless another rank has done so.
 
-    Needs neither the process group nor the store: both may be what is gone.
+    Needs neither the process group nor the store: the error may be the loss of either.
 
     Args:
-        error: what was raised.
-        heartbeats: of this process.
+        error: the exception that was raised.
+        heartbeats: those of this process.
 
     Returns:
-        The exit code; None for what is a fault of the program, and needs its traceback.
+        The exit code; None for a fault of the program, which needs its traceback.
     """
     _hold_off_launcher()
     if isinstance(error, InputError):
@@ -51,11 +51,11 @@ def ended_by(error: Exception, heartbeats: Heartbeats) -> int | None:
 
 
 def ended_by_signal(code: int, heartbeats: Heartbeats) -> int:
-    """The exit code of a rank that a signal ends; if the launcher sent it because of a lost rank, that is said first.
+    """The exit code of a rank that a signal ends; if other ranks are missing, prints a line about that first.
 
     Args:
-        code: to exit with otherwise.
-        heartbeats: of this process.
+        code: exit code if no rank is missing.
+        heartbeats: those of this process.
     """
     _hold_off_launcher()
     missing = heartbeats.missing()
@@ -67,13 +67,13 @@ def ended_by_signal(code: int, heartbeats: Heartbeats) -> int:
 
 
 def _hold_off_launcher() -> None:
-    """It ends the other ranks when one has ended, and here it is yet to be said why."""
+    """Ignore SIGTERM, which the launcher sends when another rank has ended, until the reason has been printed."""
     if "RANK" in os.environ:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def as_input_error(error: BaseException) -> InputError | None:
-    """What one rank alone ran into that is no fault of the program, in one line; None for anything else."""
+    """A one-line error for a failure of one rank that is no fault of the program; None for any other failure."""
     rank = f"rank {own_rank()}" if dist.is_initialized() and not is_simulated() else "this process"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in reason:

@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
     Attributes:
         path: its place among the facts about that tensor.
-        part: which part of a DTensor it describes, by where it lies on the mesh; () if it describes all of it. Ranks
+        part: the part of a DTensor that it describes, by its place on the mesh; () if it describes all of it. Ranks
             with the same path and part are to have the same value.
         value: can be compared and pickled.
     """
@@ -89,7 +89,7 @@ def bits(tensor: Tensor) -> list[Tensor]:
 
 
 def sum_of_bits(integers: Tensor) -> int:
-    """Computed where the tensor is, in one pass: weights are large."""
+    """The sum of the integers, computed on the tensor's own device in one pass, as weights are large."""
     return int(integers.sum(dtype=torch.int64))
 
 
@@ -100,7 +100,7 @@ def sha256(integers: Tensor) -> str:
 
 
 def _detached(tensor: Tensor) -> list[Tensor]:
-    """The plain tensor that one of a class with `__torch_dispatch__` stands for, an output that has not run yet say."""
+    """The plain tensor behind one of a class with `__torch_dispatch__`, such as an output not computed yet, if any."""
     try:
         detached = tensor.detach()
     except (RuntimeError, NotImplementedError, TypeError):
@@ -161,7 +161,7 @@ def _outline(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _place(tensor: DTensor, rank: int | None) -> Part:
-    """Where the part lies that this rank holds: ranks along dims of the mesh on which all hold the same are in it."""
+    """The place on the mesh of this rank's part: its coordinate, with -1 for the dims along which it is replicated."""
     mesh = tensor.device_mesh
     coordinate: Sequence[int] | None = None
     if rank is None or not is_simulated():
@@ -177,7 +177,7 @@ def _place(tensor: DTensor, rank: int | None) -> Part:
 
 
 def _of_plain(tensor: Tensor, reduce: Reduce, path: Path, part: Part) -> Iterator[Entry]:
-    """A tensor that no Python class has a say in."""
+    """The facts about a tensor whose behaviour no Python class changes."""
     if tensor.is_nested:
         yield from _of_nested(tensor, reduce, path, part)
     elif tensor.is_meta:
@@ -226,7 +226,7 @@ def _of_attributes(
 
 
 def _of_value(value: Any, reduce: Reduce, rank: int | None, path: Path, part: Part, depth: int) -> Iterator[Entry]:
-    """The facts about an attribute of a tensor: not on which device it is, nor which object."""
+    """The facts about an attribute of a tensor, leaving out its device and its identity."""
     if isinstance(value, Tensor):
         if depth:
             yield from _entries(value, reduce, rank, path, part, depth - 1)
@@ -254,7 +254,7 @@ def _of_value(value: Any, reduce: Reduce, rank: int | None, path: Path, part: Pa
 
 
 def _read(values: Callable[[], Tensor], reduce: Reduce) -> tuple[Any, ...]:
-    """The values as `reduce` makes them small; nothing if torch has no way to read them, on any rank."""
+    """The values after `reduce`; an empty tuple if torch cannot read them, which is then so on every rank."""
     try:
         return (reduce(values()),)
     except (torch.OutOfMemoryError, MemoryError):

@@ -1,4 +1,4 @@
-"""Which ranks are still there, for a line that says whom the others waited for."""
+"""Detection of ranks whose processes have ended or hang, to name them when the other ranks waited for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Heartbeats", "lost_rank"]
 
 
 class Heartbeats:
-    """A number of each rank in the store of the process group that grows for as long as its process runs.
+    """A counter of each rank in the store of the process group that grows for as long as its process runs.
 
     A rank that waits in a collective, or computes, still counts; one that was
     killed or stopped does not.
@@ -33,12 +33,12 @@ class Heartbeats:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def start(self) -> None:
-        """Does nothing in a world of one process."""
+        """Start to count; does nothing in a world of one process."""
         if dist.is_initialized() and not is_simulated() and dist.get_world_size() > 1:
             self._thread.start()
 
     def stop(self) -> None:
-        """Say goodbye: this rank ends, for a reason of its own, and is not to be missed."""
+        """Record in the store that this rank ends for a reason of its own and is not to be reported as missing."""
         if self._thread.is_alive():
             self._ended.set()
             self._thread.join(timeout=4 * self.interval)  # longer only if the store hangs
@@ -47,9 +47,9 @@ class Heartbeats:
                     store().set(_goodbye(dist.get_rank()), "")
 
     def missing(self) -> list[int] | None:
-        """The other ranks that neither beat nor said goodbye; takes a few beats to find out.
+        """The other ranks whose counters do not grow and which did not call `stop`; takes a few intervals.
 
-        None if the store cannot be asked, because the launcher, which holds it, is gone.
+        None if the store cannot be read, because the launcher, which holds it, has ended.
         """
         if self._store_lost:
             return None
@@ -95,7 +95,7 @@ def lost_rank(error: BaseException, missing: list[int] | None) -> InputError:
     """The line for a collective, or a use of the store, that failed because ranks or the launcher are missing.
 
     Args:
-        error: what it raised.
+        error: the exception that it raised.
         missing: see `Heartbeats.missing`.
     """
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -36,7 +36,7 @@ def start_ranks(ranks: int, command: Sequence[str]) -> int:
     Signals sent to this process end the ranks.
 
     Args:
-        ranks: how many.
+        ranks: number of processes to start.
         command: a script, or `-m` and a module, and its arguments.
 
     Returns:
@@ -76,19 +76,19 @@ def start_ranks(ranks: int, command: Sequence[str]) -> int:
 
 
 def end_with_launcher() -> None:
-    """In a rank of `start_ranks`: end when the launcher is killed and can no longer end its ranks (Linux only)."""
+    """Let a rank of `start_ranks` end when the launcher is killed and can no longer end its ranks (Linux only)."""
     if os.environ.get(_LAUNCHER) == str(os.getppid()):
         end_with_parent()
 
 
 def end_with_parent() -> None:
-    """Let this process get SIGTERM when the one that started it is gone, however that ended (Linux only)."""
+    """Let this process get SIGTERM when the process that started it has ended for any reason (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def print_any_letter() -> None:
-    """Let this process print letters that its locale has no code for, as escapes, where Python would raise."""
+    """Let this process print letters that its locale cannot encode as escapes, where Python would raise."""
     codecs.register_error("meshdiff.any_letter", _escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -103,10 +103,10 @@ def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def report_failure(line: str) -> None:
-    """Let torchrun's report of this rank show that line as the reason; nothing without torchrun.
+    """Let torchrun's report of this rank show that line as the reason; does nothing without torchrun.
 
-    In the form that `torch.distributed.elastic.multiprocessing.errors.record`
-    gives an exception, without its traceback.
+    The line is written in the form that `torch.distributed.elastic.multiprocessing.errors.record`
+    gives to an exception, without its traceback.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
@@ -116,12 +116,12 @@ def report_failure(line: str) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this rank with an exit code that stays what it is.
+    """End this rank with exactly this exit code.
 
-    A plain exit takes the interpreter down while gloo's threads may still hold
-    a tensor of the last collective; letting go of it then aborts the process,
-    on about one exit in ten. So what was registered with `atexit` is run, the
-    streams are flushed, and the process ends without the rest.
+    A plain exit shuts the interpreter down while gloo's threads may still hold
+    a tensor of the last collective; releasing it then aborts the process, on
+    about one exit in ten. So the functions registered with `atexit` are run,
+    the streams are flushed, and the process ends without further cleanup.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

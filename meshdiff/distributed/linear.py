@@ -1,4 +1,4 @@
-"""Linear layers of DTensors, for torch 2.11, which takes no shards of a batch above 1; on 2.13 nothing changes."""
+"""Linear layers of DTensors for torch 2.11, which cannot take shards of a batch above 1; on 2.13 nothing changes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LINEAR_TAKES_SHARDS = torch.__version__ >= "2.13"  # which compares numbers
 
 
 def on_shards(module: nn.Module) -> nn.Module:
-    """Let every `nn.Linear` inside `module` take DTensors of whatever batch, in place; its weights are to be DTensors.
+    """Let every `nn.Linear` inside `module` take DTensors of any batch, in place; its weights are to be DTensors.
 
-    Not those of a class of their own, which may do something else.
+    Subclasses of `nn.Linear` are left as they are, as they may compute something else.
     """
     if not LINEAR_TAKES_SHARDS:
         for child in module.modules():
@@ -31,7 +31,7 @@ def on_shards(module: nn.Module) -> nn.Module:
 
 
 class _LinearOnShards(nn.Linear):
-    """A linear layer for which each rank needs nothing but its shard, and which tells DTensor so."""
+    """A linear layer that each rank computes on its shard alone, without DTensor's rule for it."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, DTensor) or input.device_mesh.ndim > 1 or not isinstance(self.weight, DTensor):

@@ -1,4 +1,4 @@
-"""The way from DTensors to the shards that ranks hold, and back: for what DTensor has no way with, or a slow one."""
+"""Conversion of DTensors to the shards that ranks hold, and back: for operations that DTensor lacks, or does slowly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def contiguous_stride(shape: torch.Size) -> tuple[int, ...]:
 
 
 def wrap(local: Tensor, mesh: DeviceMesh, placement: Placement, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
-    """`DTensor.from_local`, in a tenth of its time where no gradient will come by."""
+    """Do the same as `DTensor.from_local`, in a tenth of its time where no gradient is needed."""
     if torch.compiler.is_compiling() or _is_differentiated(local):
         return DTensor.from_local(local, mesh, [placement], run_check=False, shape=shape, stride=stride)
     if local.requires_grad:  # a weight, while gradients are off
@@ -43,11 +43,11 @@ def of_spec(local: Tensor, spec: DTensorSpec) -> DTensor:
 
 
 _new = inspect.unwrap(DTensor.__new__)
-"""Without what torch wraps it in to keep it out of graphs that are compiled, which takes as long again."""
+"""The constructor without the wrapper by which torch keeps it out of compiled graphs, which takes as long again."""
 
 
 def place_on(mesh: DeviceMesh) -> tuple[int, int]:
-    """How many ranks a 1-D mesh has, and which of them this one is; in a simulation, each of them in turn."""
+    """Number of ranks of a 1-D mesh, and the index of this rank in it; in a simulation, of each rank in turn."""
     return _read_place(mesh) if is_simulated() else _place(mesh)
 
 
@@ -72,9 +72,9 @@ def _is_differentiated(tensor: Tensor) -> bool:
 def to_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, differentiable.
 
-    Unlike `DTensor.to_local`, it knows that every rank's gradient of a whole
-    tensor is only its share of it, and it does not guess the gradient's global
-    stride from a shard, which is wrong where ranks hold uneven ones.
+    Unlike `DTensor.to_local`, it treats each rank's gradient of a replicated
+    tensor as a partial sum, and it does not derive the gradient's global stride
+    from a shard, which is wrong where shards are uneven.
     """
     if torch.compiler.is_compiling() or _is_differentiated(tensor):
         return _ToShard.apply(tensor)

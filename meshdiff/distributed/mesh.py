@@ -1,10 +1,10 @@
-"""The device mesh: which ranks share a sequence, which share a guidance step.
+"""The device mesh: the ranks that share a sequence, and those that share a guidance step.
 
 A mesh has *dims* named `cfg` and `cp`; ranks of one `cp` group are neighbours,
 so that the all-to-alls of attention stay inside a node and only the one
 all-gather of guidance crosses nodes. Many requests add an outer dim `dp`, of
-replicas, which send each other nothing. Everything that knows about rank
-numbers is in this file and in the attention strategies.
+replicas, which send each other nothing. All code that uses rank numbers is in
+this file and in the attention strategies.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ __all__ = [
 DP, CFG, CP = "dp", "cfg", "cp"
 
 DOUBLING = 0.95
-"""What a rank is worth when twice as many work on one request, where one alone is worth 1; bench_layouts gave 0.92
-for the sequence and 0.97 for guidance."""
+"""Efficiency of each rank after the number of ranks on one request is doubled, relative to before; bench_layouts gave
+0.92 for the sequence and 0.97 for guidance."""
 
 # torch starts new process groups whenever a mesh is divided, so what a group was divided into is kept
 # for as long as that group lives. Equal meshes of a later world are other groups.
@@ -62,7 +62,7 @@ _DIVIDED: WeakKeyDictionary[dist.ProcessGroup, dict[int, DeviceMesh]] = WeakKeyD
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks each mesh dim has; the world is their product.
+    """Number of ranks of each mesh dim; the world size is their product.
 
     Attributes:
         cfg: ranks that the guidance branches are divided between.
@@ -88,12 +88,12 @@ class Layout:
 
     @classmethod
     def auto(cls, world_size: int, guided: bool = True, requests: int = 1) -> Layout:
-        """The layout to start with on `world_size` ranks; `reason` says why.
+        """The layout to start with on `world_size` ranks; `reason` explains it.
 
-        Replicas communicate nothing, so many requests take as many of them as
-        all can keep busy. Inside one, guidance parallelism communicates least,
-        so a guided run takes `cfg=2` wherever the ranks are even; the rest goes
-        to the sequence.
+        Replicas communicate nothing, so with many requests there are as many
+        replicas as the requests keep busy. Inside one, guidance parallelism
+        communicates least, so a guided run takes `cfg=2` if the number of ranks
+        is even; the remaining factor goes to the sequence.
         """
         return cls._of_replica(world_size, guided, _replicas(world_size, requests))
 
@@ -104,7 +104,7 @@ class Layout:
         return cls(cfg=cfg, cp=ranks // cfg, dp=dp)
 
     def reason(self, requests: int) -> str:
-        """Why this layout suits that many requests, in a line."""
+        """The reason why this layout suits that many requests, in a line."""
         ranks, turns = self.cfg * self.cp, -(-requests // self.dp)
         if self.dp == 1:
             who = "one rank does" if ranks == 1 else f"all {ranks} ranks do"
@@ -126,17 +126,17 @@ class Layout:
         requests: int = 1,
         unguided: str = "guidance scale 1",
     ) -> Layout:
-        """The layout for what a person asked for: what they left out follows from the world.
+        """The layout for the sizes that the user gave: sizes left out follow from the world size.
 
-        In a world of one process the layout may ask for more: the caller then
-        has to start or to simulate them.
+        In a world of one process the layout may need more ranks: the caller
+        then has to start or to simulate them.
 
         Args:
-            world_size: processes there are.
+            world_size: number of processes.
             branches: guidance branches of a step; 1 without guidance.
             cfg, cp, dp: the sizes asked for; None to choose.
-            requests: how many there are to do.
-            unguided: why there is but one branch, or what it takes to have two.
+            requests: number of requests to do.
+            unguided: the reason why there is only one branch, or the condition for two.
 
         Raises:
             InputError: if no layout of that world fits, with a command that does.
@@ -184,14 +184,14 @@ def _replicas(world_size: int, requests: int, cfg: int | None = None, cp: int | 
 
 
 def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta | None = None) -> DeviceMesh:
-    """Start `torch.distributed`, if nobody has, and lay the mesh over its ranks.
+    """Start `torch.distributed`, if it is not started yet, and make a mesh of its ranks.
 
     Works under torchrun on one or several nodes, in a plain Python process
     (a world of one), and inside `meshdiff.simulate`.
 
     Args:
         layout: the size of each mesh dim; their product must be the world size.
-        device_type: "cuda" (nccl) or "cpu" (gloo); by default what the machine has.
+        device_type: "cuda" (nccl) or "cpu" (gloo); by default "cuda" if the machine has GPUs.
         timeout: see `init_distributed`.
 
     Returns:
@@ -252,9 +252,9 @@ def place(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTen
 
 
 def on_mesh(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement], shape: Sequence[int]) -> DTensor:
-    """See this rank's part of `tensor` as its part of a tensor on another mesh of the same ranks; nothing is sent.
+    """Use this rank's part of `tensor` as its part of a tensor on another mesh of the same ranks; nothing is sent.
 
-    `shape` is what the ranks of that mesh hold together.
+    `shape` is the global shape of the tensor on that mesh.
     """
     assert isinstance(tensor, DTensor)
     stride = torch.empty(tuple(shape), device="meta").stride()
@@ -264,10 +264,10 @@ def on_mesh(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement], shape
 
 
 def from_first_rank(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, mesh: DeviceMesh) -> DTensor:
-    """What the mesh's first rank holds, on every rank; a broadcast along each mesh dim that has several ranks.
+    """Copy the tensor of the mesh's first rank to every rank, by a broadcast along each mesh dim with several ranks.
 
     Args:
-        tensor: on the first rank; what others pass is not looked at.
+        tensor: on the first rank; the argument of other ranks is not read.
         shape, dtype: of that tensor, which every rank has to know.
         mesh: with named dims.
     """
@@ -284,7 +284,7 @@ def from_first_rank(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dt
 def ranks_of_replica(mesh: DeviceMesh) -> DeviceMesh:
     """All ranks of this rank's replica in a row; every rank must call it: it may start process groups.
 
-    Not by `mesh._flatten()`, after which uneven shards of that mesh are gathered wrongly (torch 2.13).
+    It does not use `mesh._flatten()`, after which uneven shards of that mesh are gathered wrongly (torch 2.13).
     """
     of_one = replica(mesh).size()
     if mesh.size() == of_one:
@@ -294,7 +294,7 @@ def ranks_of_replica(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Make every parameter and buffer of `module` a DTensor that each rank of `mesh` holds whole.
+    """Make every parameter and buffer of `module` a DTensor that is replicated on `mesh`.
 
     In place. Ranks must hold equal values already (they read the same file):
     nothing is sent.
@@ -312,7 +312,7 @@ def replicate_module(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def replicate_buffers(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """`replicate_module` for the buffers only, where parameters come and go."""
+    """Do the same as `replicate_module` for the buffers only, for modules whose parameters are streamed."""
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             buffer = buffer.to(mesh.device_type)
@@ -332,7 +332,7 @@ def ring_of_groups(mesh: DeviceMesh, size: int) -> DeviceMesh:
 
 
 def groups_within(group: dist.ProcessGroup) -> list[tuple[str, int | torch.SymInt]]:
-    """What `ring_of_groups` divided the group of a mesh dim into: names of groups, and this rank's place in each."""
+    """The groups that `ring_of_groups` made of the group of a mesh dim: their names, and this rank's place in each."""
     return [
         (divided.get_group(name).group_name, divided.get_local_rank(name))
         for divided in _DIVIDED.get(group, {}).values()

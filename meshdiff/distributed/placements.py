@@ -1,4 +1,4 @@
-"""The names of placements: which dim of a tensor a mesh dim divides."""
+"""Names of placements: the dim of a tensor that a mesh dim divides."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch.distributed.tensor import Replicate, Shard
 __all__ = ["BRANCHES", "HEADS", "PARTS", "POSITIONS", "REPLICATED", "SEQUENCE"]
 
 SEQUENCE = Shard(1)
-"""Of tokens `[batch, seq, channels]` and of attention's `[batch, seq, heads, head_dim]`."""
+"""The sequence of tokens `[batch, seq, channels]` and of attention's `[batch, seq, heads, head_dim]`."""
 HEADS = Shard(2)
-"""Of `[batch, seq, heads, head_dim]`."""
+"""The heads of `[batch, seq, heads, head_dim]`."""
 BRANCHES = Shard(0)
-"""Of anything with one entry a guidance branch, `[branches, ...]`."""
+"""The branches of a tensor with one entry for each guidance branch, `[branches, ...]`."""
 POSITIONS = Shard(0)
-"""Of tables with one row a token, `[seq, ...]`."""
+"""The positions of a table with one row for each token, `[seq, ...]`."""
 PARTS = Shard(0)
-"""Of a flat buffer, `[elements]`."""
+"""The parts of a flat buffer, `[elements]`."""
 REPLICATED = Replicate()
 """The same on every rank."""

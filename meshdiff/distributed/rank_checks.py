@@ -23,9 +23,9 @@ Facts = dict[tuple[Any, ...], Any]
 def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bool = True) -> None:
     """Raise on every rank if they were given different tensors, or hold different weights; a collective.
 
-    Of the arguments all values are compared, of each weight and buffer the sum of its bits; of those that are no
-    plain tensors what `fingerprint` names. Weights that FSDP2 shards are compared between ranks
-    that hold the same shard: no other rank could tell that one of them is wrong.
+    All values of the arguments are compared, and the sum of the bits of each weight and buffer; for tensors that are
+    not plain, the facts that `fingerprint` lists. Weights that FSDP2 shards are compared between ranks
+    that hold the same shard: no other rank has anything to compare them with.
 
     Args:
         mesh: of the ranks to compare.
@@ -51,14 +51,14 @@ def check_alike(mesh: DeviceMesh, module: nn.Module, arguments: Any, weights: bo
 def is_due(calls: int) -> bool:
     """True if ranks compare the inputs of the call of that number, from 1.
 
-    The first ones, of which the second or third is already of what a sampler has
-    made of the noise that it drew, and others more and more seldom.
+    These are the first four calls, and then fewer and fewer. The second or third
+    call is already on the result of a sampler's step from the initial noise.
     """
     return calls <= 4 or calls & (calls - 1) == 0
 
 
 def check_inputs(mesh: DeviceMesh, module: nn.Module, arguments: Any, name: str) -> None:
-    """The same of the inputs alone, by way of the store that all ranks can read: no collective, which costs more.
+    """Do the same as `check_alike` for the inputs alone, through the store and not by a collective, which costs more.
 
     Args:
         mesh: of the ranks to compare.
@@ -111,9 +111,9 @@ def _facts(tensors: Iterable[tuple[str, Tensor]], reduce: Reduce, rank: int | No
 
 
 def _differing(facts: Facts, first: Facts) -> str | None:
-    """The name of a tensor that is another one than those before; None if there is none.
+    """The name of a tensor that differs from that of earlier ranks; None if there is none.
 
-    Of shards, only those that another rank has as well are among those before.
+    A shard is compared only if an earlier rank holds the same shard.
     """
     for key, value in facts.items():
         if first.get(key, value) != value:

@@ -1,4 +1,4 @@
-"""Many ranks in one process: the same program, run for every rank in turn.
+"""Simulation of many ranks in one process: the same program, run for every rank in turn.
 
 Built on torch's `LocalTensorMode`, in which a tensor holds one value per rank
 and collectives move data between those values. That is private API of torch:
@@ -61,9 +61,9 @@ def simulate(world_size: int) -> Iterator[None]:
 
 
 class _WritesOnce(TorchDispatchMode):
-    """Tensors from outside a simulation are of all ranks at once: what each rank writes to one is written once.
+    """A mode in which a write to a tensor from outside the simulation, which all ranks have in common, is done once.
 
-    torch would write for one rank after the other, which adds to it as often as there are ranks.
+    torch would repeat the write for each rank, so that an in-place addition would be applied once per rank.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,17 +79,17 @@ class _WritesOnce(TorchDispatchMode):
 
 
 def is_simulated() -> bool:
-    """Whether the process group of this process only plays ranks."""
+    """True if the ranks of this process's process group are simulated."""
     return dist.is_initialized() and dist.get_backend() == "fake"
 
 
 def holds_all_ranks() -> bool:
-    """Whether a tensor that is made here has a value for each rank, as in the body of `simulate`."""
+    """True if a tensor that is made here has a value for each rank, as in the body of `simulate`."""
     return enabled_local_tensor_mode() is not None
 
 
 def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
-    """Make `function` see plain tensors and integers of one rank at a time in a simulation.
+    """Call `function` with the plain tensors and integers of one rank at a time in a simulation.
 
     Everywhere else the function runs as it is. It must not call collectives.
     Needed wherever a shape or an index depends on the rank. A function that
@@ -110,7 +110,7 @@ def on_each_rank(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _per_rank(function: Callable[P, R]) -> Callable[P, R]:
-    """torch's own decorator, which takes functions only, for partial ones as well."""
+    """Apply torch's own decorator, which takes plain functions only, to partial functions as well."""
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs)
@@ -119,7 +119,7 @@ def _per_rank(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class _OnEachRank(torch.autograd.Function):
-    """Autograd records nothing of what happens to the values inside a simulated tensor, so this does."""
+    """A function with its own backward pass, as autograd does not record operations inside a simulated tensor."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
@@ -154,9 +154,9 @@ class _OnEachRank(torch.autograd.Function):
 
 @contextmanager
 def outside() -> Iterator[None]:
-    """Inside a simulation, run the body once, for all ranks: what it makes is plain. Elsewhere, run it as it is.
+    """Run the body once for all ranks of a simulation, so that it makes plain tensors; elsewhere, run it as it is.
 
-    For what every rank would do alike, such as reading a file.
+    For work that is the same on every rank, such as reading a file.
     """
     mode = enabled_local_tensor_mode()
     with nullcontext() if mode is None else mode.disable():

@@ -1,4 +1,4 @@
-"""Torch's versions and its private names: no other file but `simulation` imports these from torch.
+"""Private names of torch, and differences of its versions: only this file and `simulation` import them from torch.
 
 All names here were seen in torch 2.13.
 
@@ -10,9 +10,8 @@ torch 2.11, the oldest that meshdiff runs on, against 2.13:
 - `LaunchConfig` has no `shutdown_timeout`: `known` leaves it out, and ranks that do not end when they
   are told to are killed after 30 seconds and not after 10.
 
-One difference has nothing here, because what answers it is true of every version: where the mesh has one
-rank, 2.11 may call `Replicate()` what was `Shard(1)`, in `replicated * sharded` say, and attention takes one
-for the other there.
+One difference needs no code here: on a mesh of one rank, 2.11 may return `Replicate()` for `Shard(1)`, for
+instance from `replicated * sharded`; on such a mesh attention treats the two alike on every version.
 """
 
 from __future__ import annotations
@@ -78,13 +77,13 @@ DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 current_dispatch_mode = _python_dispatch._get_current_dispatch_mode
 dispatch_depth = torch._C._len_torch_dispatch_stack
 autograd_task = torch._C._current_graph_task_id
-"""The number of the backward pass that runs; -1 if none does."""
+"""The function that returns the number of the running backward pass; -1 if none runs."""
 default_store = distributed_c10d._get_default_store
 make_subclass = Tensor._make_subclass
 OPAQUE_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
-"""Attention that torch computes inside, where no mode sees it."""
+"""Functions inside which torch computes attention that no mode intercepts."""
 process_group = distributed_c10d._resolve_process_group
-"""The group of a name, as collectives are given it."""
+"""The function that returns the process group of a name, as in the arguments of collectives."""
 
 all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 
@@ -97,7 +96,7 @@ def known(config: type, **options: Any) -> dict[str, Any]:
 def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function that torch.compile is not to trace, nor what it calls.
 
-    `torch.compiler.disable` takes seconds to import, which where nothing is compiled nobody has to wait for.
+    `torch.compiler.disable` takes seconds to import, so it is used only where dynamo is loaded already.
     """
     global _disabled
     if "torch._dynamo" not in sys.modules:
@@ -112,7 +111,7 @@ _disabled: Callable[..., Any] | None = None
 
 
 def without_compiling() -> AbstractContextManager[Any]:
-    """Have compiled code run as it was in the body: dynamo cannot trace code that runs under modes of ours."""
+    """Run compiled code eagerly in the body: dynamo cannot trace code that runs under our modes."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
@@ -121,10 +120,10 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def with_timeout_of_world(mesh: DeviceMesh) -> DeviceMesh:
-    """Let the groups of a mesh wait for as long as that of all ranks does; torch gives them half an hour.
+    """Give the groups of a mesh the time-out of the group of all ranks; torch gives them half an hour.
 
-    By private functions: `init_device_mesh` takes no time-out. Torch has them for gloo and nccl; with other backends
-    groups keep what torch gives them.
+    It uses private functions, as `init_device_mesh` takes no time-out. Torch has them for gloo and nccl; with other
+    backends groups keep torch's time-out.
     """
     backend: Any = distributed_c10d._get_default_group()._get_backend(torch.device(mesh.device_type))
     if backend.name() in ("gloo", "nccl"):
@@ -137,13 +136,13 @@ Modes = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 def mode_stacks() -> Modes:
-    """The modes of torch functions that are on, and those of operations, the outermost first."""
+    """The active modes of torch functions, and those of operations, the outermost first."""
     functions = tuple(overrides._get_current_function_mode_stack())
     return functions, tuple(_python_dispatch._get_current_dispatch_mode_stack())
 
 
 def replace_mode_stacks(old: Modes, new: Modes) -> None:
-    """Have other modes on than those that are."""
+    """Replace the active modes `old` by `new`."""
     modules: tuple[Any, Any] = overrides, _python_dispatch
     for place, own in enumerate(modules):
         for _ in old[place]:

@@ -1,9 +1,10 @@
-"""Weights that are elsewhere until a module needs them: in host memory, or divided between all ranks.
+"""Weights that are stored elsewhere until a module needs them: in host memory, or sharded between all ranks.
 
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 Parameter Models", arXiv:1910.02054 (stage 3), for inference: a module's
-weights are brought just before it runs, those of the next one on the way
-meanwhile, and let go right after. The bits are the same, wherever they lie.
+weights are fetched just before it runs and released right after, and those of
+the next module are fetched while it runs. The result has the same bits
+wherever the weights are stored.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ALIGNMENT = 16  # bytes; of tensors of any dtype inside a buffer
 
 @dataclass(frozen=True)
 class Storage:
-    """Where weights are while they are not needed, and where they are when they are.
+    """The place of weights while they are not needed, and their place while their module runs.
 
     Attributes:
         device: where modules run.
@@ -51,13 +52,13 @@ def stream(
 
     Args:
         root: its parameters may be on the meta device.
-        chains: names of modules that run one after the other, of each chain in
-            that order. Together they hold all parameters; a parameter belongs
-            to the innermost of them.
+        chains: for each chain, names of modules in the order in which they run.
+            Together they hold all parameters; a parameter belongs to the
+            innermost of them.
         load: makes the parameters of those names, in `root`, plain tensors with
-            values, on `storage.device`. Called for a module at a time, so only
-            one module's weights are anywhere whole.
-        storage: see there.
+            values, on `storage.device`. Called for one module at a time, so a
+            process holds the full weights of only one module at a time.
+        storage: the place of the weights, see `Storage`.
     """
     owned: dict[str, list[str]] = {name: [] for chain in chains for name in chain}
     for parameter, _ in root.named_parameters():
@@ -82,14 +83,14 @@ def _place_of(root: nn.Module, parameter: str) -> tuple[nn.Module, str]:
 
 
 class Streamed(nn.Module):
-    """A module whose weights come when it runs and go when it has.
+    """A module whose weights are fetched when it runs and released after it.
 
-    It passes on every attribute of the module that it holds.
+    It has every attribute of the module that it wraps.
 
     Args:
-        module: what runs.
-        places: its parameters, as modules and names in them. Plain tensors.
-        storage: where they go.
+        module: the module to run.
+        places: its parameters, each as a module and a name in it. Plain tensors.
+        storage: the place of its weights.
     """
 
     def __init__(self, module: nn.Module, places: Sequence[tuple[nn.Module, str]], storage: Storage) -> None:
@@ -120,7 +121,7 @@ class Streamed(nn.Module):
             return self.module(*args, **kwargs)
 
     def fetch(self) -> None:
-        """Start to bring the weights, if they are not on their way."""
+        """Start to fetch the weights, if that has not been started yet."""
         if self._coming is None:
             with torch.no_grad(), torch.cuda.stream(self._side_stream):  # None is no stream, which does nothing
                 self._coming = _bring(self._stored, self._storage)
@@ -144,7 +145,7 @@ class Streamed(nn.Module):
             self._leave()
 
     def _packed(self, total: int) -> Tensor:
-        """All parameters in one buffer of bytes, whose equal parts end where a number of any dtype does."""
+        """All parameters in one buffer of bytes, which divides into equal parts that are aligned for any dtype."""
         divided = self._storage.divided
         unit = ALIGNMENT * (1 if divided is None else divided.size())
         first = getattr(*self._places[0])
@@ -168,7 +169,7 @@ class Streamed(nn.Module):
 
 
 def _store(buffer: Tensor, storage: Storage) -> Tensor:
-    """What this rank keeps of a buffer."""
+    """The part of a buffer that this rank stores."""
     shard = buffer
     if storage.divided is not None and storage.divided.size() > 1:
         shard = place(buffer, storage.divided, [PARTS]).to_local().clone()
@@ -180,7 +181,7 @@ def _store(buffer: Tensor, storage: Storage) -> Tensor:
 
 
 def _bring(stored: Tensor, storage: Storage) -> Tensor:
-    """The whole buffer on the device, or what will become it."""
+    """The full buffer on the device, or the pending result of the all-gather that makes it."""
     stored = stored.to(storage.device, non_blocking=True)
     if storage.divided is None:
         return stored

@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 _stores: dict[str, dist.Store] = {}
-"""Of a world that was launched: "run", which a restart by torchrun keeps, and "attempt", which it does not."""
+"""Stores of a launched world: "run", which a restart by torchrun keeps, and "attempt", which it does not."""
 
 
 def launched_world_size() -> int:
     """The number of processes that torchrun started; 1 without torchrun.
 
     Raises:
-        InputError: if the environment does not say.
+        InputError: if the environment variable is not a number.
     """
     return _number("WORLD_SIZE", "1")
 
@@ -51,12 +51,12 @@ def init_distributed(timeout: timedelta | None = None) -> None:
     """Start `torch.distributed` from torchrun's environment; without torchrun, a world of one process.
 
     Does nothing if it has been started. Where there are GPUs the world has
-    nccl for CUDA tensors and gloo for the rest, so ranks can talk before they
-    agree on a device.
+    nccl for CUDA tensors and gloo for the rest, so ranks can communicate
+    before they agree on a device.
 
     Args:
-        timeout: how long a rank waits for the others before it raises. Torch's
-            own default of 30 minutes on gloo hides a rank that died.
+        timeout: the time that a rank waits for the others before it raises. With
+            torch's own default of 30 minutes on gloo, a dead rank goes unnoticed.
 
     Raises:
         InputError: if the environment is incomplete, or the ranks cannot reach each other.
@@ -122,10 +122,10 @@ def _store_of_attempt(store: dist.Store, rank: int, world: int, timeout: timedel
     """A part of the run's store that the ranks of this attempt alone use; every rank calls it.
 
     After a restart by torchrun the store still holds the addresses of ranks
-    that are gone, and gloo would connect to them. The number of restarts that
-    torchrun counts does not tell attempts apart: nodes count their own. So
-    rank 0 draws a name, and another rank takes it when rank 0 has answered it,
-    which a rank of an earlier attempt cannot do any more.
+    that have ended, and gloo would connect to them. The number of restarts that
+    torchrun counts does not distinguish attempts: each node counts its own. So
+    rank 0 draws a name, and another rank uses it once rank 0 has answered it,
+    which rank 0 of an earlier attempt can no longer do.
     """
     own, key = uuid.uuid4().hex, "meshdiff/attempt"
     if rank == 0:
@@ -177,7 +177,7 @@ def store_address() -> str:
 
 
 def store() -> dist.Store:
-    """What all ranks can read and write without waiting for each other, also when their process group cannot be made.
+    """The store that all ranks read and write without waiting for each other, also if their process group is not made.
 
     Raises:
         ValueError: if there is none, as in a process that has started no world.
@@ -188,12 +188,12 @@ def store() -> dist.Store:
 
 
 def first_failure(line: str) -> tuple[bool, str]:
-    """Whether this rank is the first to fail, and the line of the first, which knows why; no collective.
+    """True if this rank is the first to fail, and the line of the first rank that failed; no collective.
 
-    A rank that can ask no other counts as the first.
+    A rank that cannot reach the store counts as the first.
 
     Args:
-        line: why this rank failed.
+        line: the reason why this rank failed.
     """
     try:
         if is_simulated() or launched_world_size() == 1:
@@ -221,7 +221,7 @@ def recall(name: str) -> str | None:
 
 
 def _run_of_torchrun() -> dist.Store | None:
-    """Its store, which a single rank, with no need for a process group of several, has not looked for yet."""
+    """The store of torchrun's agent, to which a single rank connects only here; None without torchrun."""
     if is_simulated() or "TORCHELASTIC_RUN_ID" not in os.environ or "MASTER_PORT" not in os.environ:
         return None
     return _store_of_run(timedelta(seconds=30))

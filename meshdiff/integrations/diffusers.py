@@ -1,4 +1,4 @@
-"""Any model and any pipeline of diffusers on a mesh, untouched.
+"""Running any model and any pipeline of diffusers on a mesh, with its code unchanged.
 
     pipeline = DiffusionPipeline.from_pretrained(...)
     parallel = parallelize(pipeline, init_mesh(Layout(cfg=2, cp=4)))
@@ -44,15 +44,15 @@ class Parallel:
     guidance: dict[str, Guidance]
 
     def report(self) -> dict[str, Report]:
-        """What each model that has been called did; see `meshdiff.parallelize`."""
+        """The report of each model that has been called; see `meshdiff.parallelize`."""
         return {name: model.report() for name, model in self.models.items() if model.was_called}
 
     def captured(self) -> dict[str, str]:
-        """What became of capturing the calls of each model, in one line; none if that was not asked for."""
+        """The outcome of capturing the calls of each model, in one line; none if capture was not requested."""
         return {name: model.captured for name, model in self.models.items() if model.captured}
 
     def fallbacks(self) -> dict[str, str]:
-        """Why every rank of `cfg` does all calls of a model, by its name; none where they are divided."""
+        """The reason why every rank of `cfg` does all calls of a model, by its name; none where they are divided."""
         reasons = {name: guidance.fallback or guidance.undivided for name, guidance in self.guidance.items()}
         return {name: reason for name, reason in reasons.items() if reason}
 
@@ -73,7 +73,7 @@ def parallelize(
 ) -> Parallel:
     """Put a model of diffusers, or the transformers of a pipeline, on a mesh.
 
-    Ranks along `cp` share the sequence, as `meshdiff.parallelize` says. Ranks
+    Ranks along `cp` share the sequence, as in `meshdiff.parallelize`. Ranks
     along `cfg` share the guidance branches: the rows of a doubled batch, or the
     two or three calls of the transformer that a step makes.
 
@@ -84,7 +84,7 @@ def parallelize(
         model: a model, or a pipeline whose `transformer`, `transformer_2`, ... are meant.
         mesh: `mesh["cp"]`, `mesh["cfg"]` or the 2-D `(cfg, cp)` mesh.
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
-        verify: compare the first call with the untouched model's; see `meshdiff.parallelize`.
+        verify: compare the first call with that of the original model; see `meshdiff.parallelize`.
         capture: run calls that have settled as programs, without the model's Python; see `meshdiff.parallelize`.
 
     Raises:

@@ -1,8 +1,8 @@
-"""A folder of diffusers, whatever pipeline it holds, as a model that `experiments/run.py` runs.
+"""A folder with any pipeline of diffusers as a model that `experiments/run.py` runs.
 
-The pipeline is the one that diffusers makes of the folder, with its own
+The pipeline is the one that diffusers loads from the folder, with its own
 scheduler, text encoders and VAE, which every rank runs; its transformers are on
-the mesh, untouched.
+the mesh, with their code unchanged.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ REPLICATED = (
 )
 
 NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
-"""What pipelines call an option that has another name here."""
+"""The pipelines' names of options that have another name here."""
 
 SCHEDULER = "pipeline"
 """The solver of every request: the scheduler that the pipeline has."""
@@ -69,11 +69,11 @@ class DiffusersModel:
         checkpoint: the folder, as `pipeline.save_pretrained` writes it.
 
     Raises:
-        InputError: if it is none, or takes no prompt.
+        InputError: if the folder holds no pipeline, or one that takes no prompt.
     """
 
     DEFAULTS = Request("A cat walking on grass.", options=PipelineOptions())
-    """What is open in it is as the pipeline has it."""
+    """The default request; the pipeline's own defaults hold for the fields that are None."""
     transformers: Sequence[nn.Module] = ()
     fps = 16
 
@@ -95,25 +95,25 @@ class DiffusersModel:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """What a call of the pipeline takes, with its defaults."""
+        """The parameters of a call of the pipeline, with their defaults."""
         parameters = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
         return {name: parameter.default for name, parameter in parameters.items()}
 
     @property
     def guided_by(self) -> str:
-        """The option that guidance is asked for with."""
+        """The option that sets the guidance scale."""
         return "true_cfg_scale" if "true_cfg_scale" in self.options else "guidance_scale"
 
     @property
     def guidance_needs(self) -> str:
-        """What it takes to have two branches of guidance."""
+        """The condition for two branches of guidance, for an error message."""
         if self.guided_by not in self.options:
             return f"a {self.kind} has no guidance"
         also = " and a --negative-prompt" * (self.guided_by == "true_cfg_scale")
         return f"two need {_flag(self.guided_by)} above 1{also}"
 
     def unreadable(self, reason: str) -> InputError:
-        """What to do about a folder that lacks something, or holds something that is damaged."""
+        """The error for a folder in which a file is missing or damaged, with the remedy."""
         return InputError(
             "--checkpoint",
             f"{self.folder} cannot be read ({reason.rstrip('.')}); a file is missing, damaged, or not of diffusers "
@@ -121,7 +121,7 @@ class DiffusersModel:
         )
 
     def branches(self, request: Request) -> int:
-        """How many branches of guidance a step has."""
+        """Number of branches of guidance in a step."""
         name = self.guided_by
         scale = _numbers(request)[name]
         scale = self.options.get(name) if scale is None else scale
@@ -141,17 +141,17 @@ class DiffusersModel:
         return replace(request, steps=request.steps or self.options.get(NAMES["steps"]), solver=SCHEDULER)
 
     def grid(self, request: Request) -> tuple[int, int, int]:
-        """At least as many tokens as the pipeline makes of it: sizes are its own affair."""
+        """An upper bound of the tokens that the pipeline makes of a request, as only the pipeline knows the sizes."""
         frames, height, width = (getattr(request, name) or 256 for name in ("frames", "height", "width"))
         return frames, height, width
 
     def arguments(self, request: Request) -> dict[str, Any]:
-        """What the request says, in the pipeline's words."""
+        """The request as arguments of a call of the pipeline."""
         given = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **_numbers(request)}
         return {NAMES.get(name, name): value for name, value in given.items() if value not in (None, "")}
 
     def refusal(self, request: Request, error: ValueError) -> InputError:
-        """What the pipeline says against a request, with the flags where it names its options."""
+        """The error for a request that the pipeline refuses: its message, with flags in place of its option names."""
         words, named = " ".join(str(error).split()), []
         for name, value in _numbers(request).items():
             words, found = re.subn(rf"`?\b{NAMES.get(name, name)}\b`?", _flag(name), words, flags=re.IGNORECASE)
@@ -165,7 +165,7 @@ class DiffusersModel:
 
 
 class DiffusersRun:
-    """A pipeline of diffusers on a mesh, with the ways of `meshdiff.Pipeline`.
+    """A pipeline of diffusers on a mesh, with the interface of `meshdiff.Pipeline`.
 
     Args:
         model: the folder.
@@ -224,7 +224,7 @@ class DiffusersRun:
         which many schedulers draw.
 
         Raises:
-            InputError: if the pipeline refuses the request, in its words.
+            InputError: if the pipeline refuses the request, with its own message.
         """
         arguments = self.model.arguments(request)
         if on_stage is not None:
@@ -242,10 +242,10 @@ class DiffusersRun:
         return clip.float() * 2 - 1
 
     def _refresh_schedulers(self) -> None:
-        """Make every scheduler what it was when it was loaded.
+        """Reset every scheduler to its state after loading.
 
-        Some keep more than they begin anew: the noise of an earlier clip (CosineDPMSolverMultistep), or a setting that
-        an odd number of steps asked for (DPMSolverSinglestep).
+        Some keep state from one clip to the next: the noise of an earlier clip (CosineDPMSolverMultistep), or a setting
+        for an odd number of steps (DPMSolverSinglestep).
         """
         for scheduler, state in self.fresh:  # in place, as parts of a pipeline may share one
             vars(scheduler).clear()

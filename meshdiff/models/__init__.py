@@ -1,4 +1,4 @@
-"""Models, each written as for one device, and what a pipeline needs of one."""
+"""Models, each written as for one device, and the protocols that a pipeline needs of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["DigitsModel", "RandomModel", "RandomShape", "Transformer", "VideoMod
 
 
 class Transformer(Protocol):
-    """Tokens and time to velocity; a `torch.nn.Module` with these as well.
+    """A network from tokens and time to velocity: a `torch.nn.Module` that has these attributes as well.
 
-    `config.heads` are its attention heads; `blocks` is a list of modules; `order` the names of its modules as
-    `encode_text` needs them and as `forward(x, time, context, rope)` does.
+    `config.heads` is the number of its attention heads; `blocks` is a list of modules; `order` has the names of its
+    modules in the order in which `encode_text` runs them, and in that of `forward(x, time, context, rope)`.
     """
 
     config: Any
@@ -38,11 +38,11 @@ class VideoModel(Protocol):
     transformers: Sequence[nn.Module]
     """The experts, each a `Transformer`; most models have one."""
     time_unit: float
-    """What the transformers call the time 1."""
+    """The time that the transformers take for time 1 of the flow."""
     fps: int
     """Frames a second, as it was trained."""
     DEFAULTS: Request
-    """What a request that leaves something open gets."""
+    """Values for the fields that a request leaves open."""
 
     def fill(self, expert: int, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
         """Give the parameters of those names of a transformer their values, on the device, for computing in `dtype`."""
@@ -51,13 +51,13 @@ class VideoModel(Protocol):
         """The request with nothing left open; raises `InputError` if the model cannot do it."""
 
     def expert(self, time: float) -> int:
-        """Which transformer is for that time, 1 being noise."""
+        """The index of the transformer for that time, 1 being noise."""
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """Tokens along (frames, rows, columns)."""
 
     def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
-        """What `Transformer.encode_text` takes for these prompts, `[len(prompts), ...]`, whole on `mesh["cp"]`."""
+        """Input of `Transformer.encode_text` for these prompts, `[len(prompts), ...]`, replicated on `mesh["cp"]`."""
 
     def schedule(self, request: Request) -> tuple[list[float], Solver]:
         """The times of a run, from noise to 0, and the solver that goes through them."""
@@ -69,4 +69,4 @@ class VideoModel(Protocol):
         """Position tables, one row a token."""
 
     def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh) -> Tensor:
-        """Clean tokens to a clip `[frames, channels, height, width]` in [-1, 1]; both the same on every rank."""
+        """Decode clean tokens to a clip `[frames, channels, height, width]` in [-1, 1]; both are equal on all ranks."""

@@ -28,11 +28,11 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """What a parameter is made of.
+    """The tensors that a parameter is made of.
 
     Attributes:
         names: tensors in the files, stacked one below the other.
-        convert: what to do to each of them; may not change its number of elements.
+        convert: function applied to each of them; may not change its number of elements.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class WeightFiles:
 
     Args:
         paths: the files.
-        flag: what to name in an error.
+        flag: the flag to name in an error.
 
     Raises:
         InputError: if a file is missing, truncated or something else.
@@ -71,20 +71,20 @@ class WeightFiles:
         return set(self._files)
 
     def shape(self, name: str) -> list[int]:
-        """From the file's header."""
+        """The shape of a tensor, from the file's header."""
         return list(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A view of the file."""
+        """A tensor as a view of the file."""
         return self._files[name].get_tensor(name)
 
     def _no_numbers(self, names: Iterable[str]) -> list[str]:
-        """Those that are quantized, say: their scales would be lost."""
+        """The tensors that are not floating-point, for instance quantized ones, whose scales would be lost."""
         dtypes = {name: self._files[name].get_slice(name).get_dtype() for name in names if name in self._files}
         return [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")]
 
     def check(self, module: nn.Module, sources: Mapping[str, Source]) -> None:
-        """Raise one `InputError` that lists what `module` lacks, does not know, or holds in another shape."""
+        """Raise one `InputError` that lists tensors that are missing, unexpected, of another shape or not of floats."""
         expected = module.state_dict()
         needed = [name for source in sources.values() for name in source.names]
         misshaped = []
@@ -160,14 +160,14 @@ def fill(
     device: torch.device | str,
     dtype: Callable[[str], torch.dtype],
 ) -> None:
-    """Make parameters of `module` anew, from files.
+    """Replace parameters of `module` by new ones from files.
 
     Args:
         module: its parameters may be on the meta device.
         names: of the parameters.
         weights: checked.
         sources: of each parameter, by its name in `module`.
-        device: where the parameters go.
+        device: device of the new parameters.
         dtype: of a parameter, by its name.
 
     Raises:

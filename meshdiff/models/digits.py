@@ -36,11 +36,11 @@ class DigitsModel:
     DEFAULTS = Request(
         "a 7 moving left", frames=16, height=32, width=32, steps=20, guidance_scale=4.0, solver="ab2", shift=3.0
     )
-    """A request that leaves nothing open."""
+    """A request with a value for every field."""
     SIZES: ClassVar = {"frames": (8, 24), "height": (32, 48), "width": (32, 48)}
-    """Smallest and largest size at which digits stay digits."""
+    """Smallest and largest size at which digits stay legible."""
     MOST_TOKENS = 288
-    """Longest clip of which the same is true, frames and canvas together."""
+    """Most tokens of a clip in which digits stay legible, frames and canvas together."""
 
     time_unit = 1.0
     fps = 8
@@ -62,7 +62,7 @@ class DigitsModel:
         return cls(transformer.eval().requires_grad_(False))
 
     def fill(self, expert: int, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        """Move parameters that have been read already."""
+        """Move parameters, which `load` has read already, to the device."""
         for name in names:
             parameter = self.transformer.get_parameter(name)
             parameter.data = parameter.data.to(device, parameter_dtype(name, dtype))
@@ -125,6 +125,6 @@ class DigitsModel:
         return rope_3d(self.grid(request), self.config.head_dim)
 
     def decode(self, tokens: Tensor, request: Request, mesh: DeviceMesh | None = None) -> Tensor:
-        """Clean tokens `[1, seq, patch_dim]` to a clip `[frames, channels, height, width]` in [-1, 1]."""
+        """Decode clean tokens `[1, seq, patch_dim]` to a clip `[frames, channels, height, width]` in [-1, 1]."""
         video = unpatchify(tokens.float(), self.grid(request), self.config.patch)
         return video[0].transpose(0, 1).clamp(-1, 1).contiguous()

@@ -33,7 +33,7 @@ VOCABULARY = _FIRST_SPEED + len(SPEEDS) + 1
 
 @dataclass(frozen=True)
 class Prompt:
-    """A parsed prompt; `None` where it says nothing."""
+    """A parsed prompt; `None` for each word that it does not have."""
 
     digit: int | None = None
     direction: str | None = None
@@ -62,7 +62,7 @@ def parse_prompt(text: str, flag: str = "--prompt") -> Prompt:
     """Read a prompt such as "a 7 moving left", "the nine goes up and right quickly" or "three".
 
     Raises:
-        InputError: for a word the model does not know, or more than one digit,
+        InputError: for a word that is not in the vocabulary, or more than one digit,
             speed or direction (two that make a diagonal are one direction).
     """
     found: dict[str, list[object]] = {"digit": [], "direction": [], "speed": []}

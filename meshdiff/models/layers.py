@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from meshdiff.attention import MeshAttention
 
 FLOAT32 = ("time_embedding", "time_projection", "modulation", "norm_cross")
-"""Parts of parameters' names. These stay float32 in a model of lower precision, as in Wan: they decide how much
-of everything else gets through, and there are few of them."""
+"""Parts of the names of parameters that stay float32 in a model of lower precision, as in Wan: they scale and gate
+the other activations, and there are few of them."""
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from the clip's tokens to the prompt's; keys and values are whole everywhere."""
+    """Attention from the clip's tokens to the prompt's; keys and values are replicated."""
 
     def __init__(self, dim: int, heads: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class CrossAttention(nn.Module):
         return torch.stack([self.norm_key(key), value], dim=1).unflatten(-1, (self.heads, -1))
 
     def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
-        """`x` `[batch, seq, dim]`, `keys_values` as `project` returns them."""
+        """Attend from `x` `[batch, seq, dim]` to `keys_values` as `project` returns them."""
         query = self.norm_query(self.query(x)).unflatten(-1, (self.heads, -1))
         key, value = keys_values.unbind(1)
         return self.out(self.attention(query, key, value).flatten(-2))
@@ -155,7 +155,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
     def forward(self, x: Tensor, time: Tensor, keys_values: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """`x` `[batch, seq, dim]`, `time` `[batch or 1, 6, dim]`, `keys_values` of `cross_attention.project`."""
+        """Take `x` `[batch, seq, dim]`, `time` `[batch or 1, 6, dim]`, `keys_values` of `cross_attention.project`."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time).chunk(6, dim=1)
         x = (x + gate * self.attention(modulate(self.norm_attention, x, shift, scale), rope)).type_as(x)
         x = x + self.cross_attention(self.norm_cross(x.float()).type_as(x), keys_values)
@@ -172,6 +172,6 @@ class Head(nn.Module):
         self.linear = nn.Linear(dim, patch_dim)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`x` `[batch, seq, dim]`, `time` `[batch or 1, dim]`."""
+        """Take `x` `[batch, seq, dim]`, `time` `[batch or 1, dim]`."""
         shift, scale = (self.modulation + time.unsqueeze(1)).chunk(2, dim=1)
         return self.linear(modulate(self.norm, x, shift, scale))

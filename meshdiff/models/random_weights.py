@@ -1,4 +1,4 @@
-"""A model of random weights and any size, to measure with: what it makes is noise."""
+"""A model of random weights and any size, to measure with: its clips are noise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RandomShape:
 
 
 class RandomModel(DigitsModel):
-    """The embedded model's transformer in another size, with weights that are drawn: the same ones everywhere.
+    """The embedded model's transformer in another size, with random weights that are the same in every process.
 
     It takes the same prompts, and clips of any size.
     """

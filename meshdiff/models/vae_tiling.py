@@ -1,4 +1,4 @@
-"""Latents to pixels on every rank of a mesh: the picture is cut into tiles, and each rank decodes some.
+"""Decoding of latents on every rank of a mesh: the picture is cut into tiles, and each rank decodes some.
 
 A causal video decoder carries state from frame to frame, so time cannot be cut
 exactly; the picture can, into tiles that overlap and are blended. The cut and
@@ -35,13 +35,13 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class VideoVAE(Protocol):
-    """What `decode` needs of diffusers' `AutoencoderKLWan`, none of it private.
+    """The public attributes of diffusers' `AutoencoderKLWan` that `decode` needs.
 
     Attributes:
         config: has `out_channels`, `patch_size` (None for 1) and `temperal_downsample`
-            (for each level, whether it halves the frames).
+            (for each level, True if it halves the frames).
         spatial_compression_ratio: pixels of the video along each side of a latent.
-        post_quant_conv: what latents go through before the decoder.
+        post_quant_conv: function applied to latents before the decoder.
         decoder: called as `decoder(latents, feat_cache=list, feat_idx=[0],
             first_chunk=bool)` with one latent frame after the other.
     """
@@ -65,16 +65,16 @@ def decode(
     group has to cover its decoding.
 
     Args:
-        vae: a plain module, whole on every rank, on the device of `latents`.
+        vae: a plain module, replicated on all ranks, on the device of `latents`.
         latents: `[batch, z_dim, frames, height, width]`, plain, the same on every
             rank; the VAE's mean and std have been applied.
         mesh: of any dims; all of its ranks decode.
-        tile: pixels along each side of a tile; 0 decodes the picture whole.
+        tile: pixels along each side of a tile; 0 decodes the picture in one piece.
         overlap: pixels that neighbouring tiles share.
-        on_host: bring decoded frames to host memory at once, and exchange and blend
+        on_host: copy decoded frames to host memory at once, and exchange and blend
             tiles there (ranks of a CUDA mesh then use the CPU backend that
             `init_distributed` starts). The device then holds the weights, the latents
-            and what decoding one tile takes. Otherwise it also holds the video and
+            and the memory for decoding one tile. Otherwise it also holds the video and
             every rank's tiles, which are about twice as large as the video.
 
     Returns:
@@ -82,7 +82,7 @@ def decode(
         every rank, of the type of `latents`; in host memory if `on_host`.
 
     Raises:
-        InputError: if tiles of that size and overlap cannot be.
+        InputError: if tiles of that size and overlap are not possible.
     """
     grid = _grid(vae, latents, tile, overlap)
     if len(grid.tiles) == 1:
@@ -104,11 +104,12 @@ def check_tile(ratio: int, tile: int = 256, overlap: int = 64) -> None:
 
 
 def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which items each rank takes so that none has much more to do than another.
+    """Divide items between ranks so that none has much more to do than another.
 
-    The dearest item first, each to the rank that has least so far: at most a third
-    above the best there is (Graham, Bounds on multiprocessing timing anomalies,
-    1969). Equal on every rank, as ties go to the first.
+    The costliest item comes first, and each goes to the rank with the least cost so
+    far: the largest sum is at most a third above the optimum (Graham, Bounds on
+    multiprocessing timing anomalies, 1969). Every rank gets the same result, as ties
+    go to the first rank.
 
     Returns:
         The indices of the items of each rank; none for some if there are few items.
@@ -124,11 +125,11 @@ def deal(costs: Sequence[int], ranks: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Grid:
-    """How the picture is cut.
+    """The division of the picture into tiles.
 
     Attributes:
         rows, columns: the latents of each row and of each column of tiles.
-        shape: `(batch, channels, frames, height, width)` of the whole, decoded.
+        shape: `(batch, channels, frames, height, width)` of the full video, decoded.
         scale: decoded pixels along each side of a latent.
         overlap: decoded pixels that neighbours share.
         patch: pixels of the video along each side of a decoded one.
@@ -176,7 +177,7 @@ def _spans(length: int, size: int, stride: int) -> tuple[range, ...]:
 
 
 def _room(grid: _Grid, dealt: list[list[int]]) -> int:
-    """The elements of the tiles of the rank that has most."""
+    """Number of elements in the tiles of the rank that has most."""
     return max(sum(math.prod(grid.tile_shape(tile)) for tile in tiles) for tiles in dealt)
 
 
@@ -232,7 +233,7 @@ def _gather(own: Tensor, mesh: DeviceMesh) -> Tensor:
 
 @on_each_rank
 def _blend_all(buffer: Tensor, grid: _Grid, dealt: list[list[int]]) -> Tensor:
-    """The video that the tiles in every rank's buffer make up; they are changed in place."""
+    """The video made of the tiles in every rank's buffer, which are changed in place."""
     tiles: dict[int, Tensor] = {}
     for part, own in zip(buffer.split(_room(grid, dealt)), dealt, strict=True):
         tiles |= _views(part, grid, own)

@@ -1,4 +1,4 @@
-"""The embedded model's transformer: Wan's in small, for words and for frames in pixels."""
+"""The embedded model's transformer: a small one of Wan's architecture, for words and for frames in pixels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class VideoDiT(WanTransformer):
         self.word_embedding = nn.Embedding(config.vocabulary, config.dim)
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """What cross-attention reads of prompts, once a run; `text` are numbers of words, int64 `[batch, text]`."""
+        """Keys and values for cross-attention, once a run; `text` are numbers of words, int64 `[batch, text]`."""
         return super().encode_text(self.word_embedding(text))
 
     @property
@@ -58,7 +58,7 @@ class VideoDiT(WanTransformer):
         return super().forward(x, 1000 * time, context, rope)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """As Wan's, but for the time, which is in (0, 1]."""
+        """Velocity as from `WanTransformer.forward`, except that `time` is in (0, 1]."""
         clean = self.denoise(x, time, context, rope)
         return (x - clean) / time.clamp(min=self.TIME_FLOOR)[:, None, None]
 

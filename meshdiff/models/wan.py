@@ -2,7 +2,7 @@
 
 Wan Team, "Wan: Open and Advanced Large-Scale Video Generative Models", 2025,
 arXiv:2503.20314. Its weights come from `wan_checkpoint`; the embedded model
-is the same network with another way into text and another way out.
+is the same network with another text embedding and another output.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class WanConfig:
     frequency_dim: int = 256
     """Sinusoids of the diffusion time."""
     cross_norm: bool = True
-    """Whether cross-attention has a norm before it."""
+    """True if cross-attention has a norm before it."""
     eps: float = 1e-6
-    """Of all norms."""
+    """Epsilon of all norms."""
 
     @property
     def head_dim(self) -> int:
@@ -83,13 +83,13 @@ class WanTransformer(nn.Module):
 
     @property
     def order(self) -> tuple[list[str], list[str]]:
-        """Names of the modules that hold weights, as `encode_text` needs them and as `forward` does."""
+        """Names of the modules that hold weights, in the order of `encode_text` and in that of `forward`."""
         blocks = [f"blocks.{i}" for i in range(self.config.depth)]
         of_text = [f"{block}.cross_attention.{part}" for block in blocks for part in ("key_value", "norm_key")]
         return ["text_mlp", *of_text], ["time_embedding", "time_projection", "patch_embedding", *blocks, "head"]
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """What cross-attention reads of prompts, once a run.
+        """Keys and values of prompts for cross-attention, computed once a run.
 
         Args:
             text: encoded prompts `[batch, text, text_dim]`.

@@ -1,4 +1,4 @@
-"""What a Wan checkpoint folder holds: configurations, and which of its tensors make which parameter.
+"""The contents of a Wan checkpoint folder: configurations, and the tensors that each parameter is made of.
 
 Two layouts are read. That of diffusers has `model_index.json` and a folder for
 each component; that of Wan's own repository has `config.json` beside the
@@ -28,15 +28,15 @@ __all__ = ["Expert", "WanCheckpoint", "open_checkpoint"]
 
 CHECKPOINT, COMPONENTS = "--checkpoint", "--components"
 PARTS = ("text_encoder/*", "tokenizer/*", "vae/*", "scheduler/*")
-"""What `--components` is for."""
+"""Files that `--components` is read for."""
 
 NameStyle = Literal["diffusers", "original"]
 
 LARGEST = 10**7
-"""No dim of a model is larger; numbers beyond it are mistakes that torch cannot even refuse."""
+"""Upper limit of any dim of a model; larger numbers are mistakes, on which torch does not raise a clear error."""
 
 BOUNDARY = 0.875
-"""Of Wan2.2-T2V-A14B, whose own layout does not store it: from this share of the noise on, the first expert."""
+"""Boundary of Wan2.2-T2V-A14B, whose own layout does not store it: the first expert is for times from this one up."""
 
 UNIPC: dict[str, Any] = {
     "prediction_type": "flow_prediction",
@@ -62,11 +62,11 @@ class WanCheckpoint:
     """A checkpoint whose files are known to fit each other; no weights have been read.
 
     Attributes:
-        folder: what was asked for.
+        folder: the local folder of the checkpoint.
         experts: the transformer; of Wan2.2, the one for much noise and the one for little.
         boundary: the time, 1 being noise, below which the last expert takes over.
         components: the folder of text encoder, tokenizer and VAE.
-        flag: the flag that named it.
+        flag: the flag that named `components`.
         vae: the VAE's configuration.
         text: the text encoder's configuration.
         scheduler: settings of diffusers' UniPC scheduler.
@@ -89,7 +89,7 @@ class WanCheckpoint:
 
 
 def open_checkpoint(name: str, components: str | None = None) -> WanCheckpoint:
-    """Find out what a folder, or a repository on the Hugging Face hub, holds.
+    """Read and check the configurations of a folder, or of a repository on the Hugging Face hub.
 
     Args:
         name: a local folder in either layout, or a hub id such as
@@ -169,7 +169,7 @@ def open_expert(folder: Path) -> Expert:
 
 
 def local_folder(name: str, flag: str, parts: Sequence[str]) -> Path:
-    """A local folder, or what a hub id stands for, of which those parts are downloaded if need be.
+    """A local folder, or that of a hub id, of which those parts are downloaded if need be.
 
     Raises:
         InputError: if there is neither, with the command that downloads it.
@@ -218,14 +218,14 @@ def _is_size(value: object) -> bool:
 
 
 def _check_depth(path: Path, config: Mapping[str, Any], weights: WeightFiles) -> None:
-    """A model of a billion layers takes hours to be made, if only to find that there are no weights for it."""
+    """Raise if there are more layers than tensors of weights: making a model of a billion layers would take hours."""
     depth = config.get("num_layers")
     if not _is_size(depth) or depth > len(weights.names):
         raise InputError(weights.flag, f"{path}: num_layers is {depth!r}; the weights are {len(weights.names)} tensors")
 
 
 def _check_vae(path: Path, config: Mapping[str, Any], flag: str) -> None:
-    """What is needed of a VAE after sampling, and how it must fit its own decoder."""
+    """Raise unless a VAE's configuration has what is needed after sampling, and fits its own decoder."""
 
     def wrong(key: str, needed: str) -> InputError:
         return InputError(flag, f"{path}: {key} is {config.get(key)!r}, needs {needed}")
@@ -251,7 +251,7 @@ def _check_vae(path: Path, config: Mapping[str, Any], flag: str) -> None:
 
 
 def read_scheduler(path: Path, flag: str) -> dict[str, Any]:
-    """Settings for UniPC; those of another scheduler say nothing about it, and it takes Wan's.
+    """Settings for UniPC; Wan's own if the file holds those of another scheduler.
 
     Raises:
         InputError: if they are of another kind of diffusion than Wan's.
@@ -266,7 +266,7 @@ def read_scheduler(path: Path, flag: str) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> tuple[WanConfig, NameStyle]:
-    """A transformer's configuration, and whose names its tensors have.
+    """A transformer's configuration, and the style of the names of its tensors.
 
     Raises:
         InputError: if it is none of a Wan text-to-video transformer.

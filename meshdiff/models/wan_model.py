@@ -38,10 +38,10 @@ from meshdiff.models.wan_checkpoint import WanCheckpoint, open_checkpoint
 __all__ = ["WanModel", "WanOptions"]
 
 TEXT_LENGTH = 512
-"""Tokens of a prompt that the transformer sees; shorter prompts are filled up with zeros."""
+"""Number of tokens of a prompt that the transformer takes; shorter prompts are padded with zeros."""
 
 SMALL = 480 * 832
-"""Pixels of the frames up to which Wan's shift is the smaller one."""
+"""Largest number of pixels of a frame for which Wan's shift is the smaller one."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class WanModel:
     """Wan text-to-video of any size, one expert or two.
 
     Args:
-        checkpoint: what `open_checkpoint` found.
+        checkpoint: the result of `open_checkpoint`.
         tile: the VAE decodes tiles of so many pixels a side, a quarter of which
-            overlaps, divided between the ranks; 0 decodes the clip whole, on each rank.
-        offload_text: the text encoder lies in host memory and comes to the
+            overlaps, divided between the ranks; 0 decodes the clip in one piece, on each rank.
+        offload_text: the text encoder is kept in host memory and copied to the
             device a layer at a time.
         tiles_on_host: decoded tiles are put together in host memory.
     """
@@ -78,7 +78,7 @@ class WanModel:
         solver="unipc",
         options=WanOptions(),
     )
-    """A request that leaves nothing open but the time shift, which depends on the size; as diffusers has Wan2.1."""
+    """diffusers' defaults for Wan2.1, with a value for every field but the time shift, which depends on the size."""
     time_unit = 1000.0
     fps = 16
 
@@ -177,7 +177,7 @@ class WanModel:
     def encode(self, prompts: Sequence[str], mesh: DeviceMesh) -> Tensor:
         """Encoded text `[len(prompts), TEXT_LENGTH, text_dim]`.
 
-        One rank loads the text encoder, lets it go, and tells the others.
+        One rank loads the text encoder, releases it, and broadcasts the result.
         """
         text = None
         with agreed(mesh), outside():
@@ -199,7 +199,7 @@ class WanModel:
 
 
 class UniPC:
-    """diffusers' UniPC, unchanged: it is elementwise, so it runs on shards as on whole latents.
+    """diffusers' UniPC, unchanged: it is elementwise, so it runs on shards as on full latents.
 
     Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast
     Sampling of Diffusion Models", arXiv:2302.04867.
@@ -222,7 +222,7 @@ class UniPC:
 
     @property
     def times(self) -> list[float]:
-        """Where the model is asked, 1 being noise, and the end."""
+        """The times at which the model is evaluated, 1 being noise, and then 0, the end."""
         return [*(self.scheduler.timesteps.double() / self.scheduler.config.num_train_timesteps).tolist(), 0.0]
 
     def step(self, x: Tensor, velocity: Tensor, time: float, next_time: float) -> Tensor:
@@ -264,7 +264,7 @@ def encode_text(
 
 
 def _offload_layers(stack: nn.Module, device: torch.device) -> None:
-    """Leave the layers of a T5 stack in host memory; each comes to the device when it runs."""
+    """Leave the layers of a T5 stack in host memory; each is copied to the device when it runs."""
     for name, part in stack.named_children():
         if name != "block":
             part.to(device)
@@ -273,7 +273,7 @@ def _offload_layers(stack: nn.Module, device: torch.device) -> None:
 
 
 def clean_prompt(prompt: str) -> str:
-    """As Wan's own tokenizer cleans it: broken Unicode and HTML entities put right, runs of space one space."""
+    """Clean a prompt as Wan's own tokenizer does: repair Unicode, decode HTML entities, make each run of space one."""
     text = _import("ftfy").fix_text(prompt)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
@@ -294,7 +294,7 @@ def load_vae(checkpoint: WanCheckpoint) -> nn.Module:
 
 
 def _check_loaded(checkpoint: WanCheckpoint, part: str, loaded: Mapping[str, Any]) -> None:
-    """What a library fills with random numbers, or leaves out, is an error here."""
+    """Raise for tensors that a library left out, or filled with random numbers as no file has them."""
     problems = [
         f"{kind.removesuffix('_keys')}: {', '.join(sorted(map(str, loaded[kind]))[:4])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -307,7 +307,7 @@ def _check_loaded(checkpoint: WanCheckpoint, part: str, loaded: Mapping[str, Any
 
 @contextmanager
 def _reading(checkpoint: WanCheckpoint, part: str) -> Iterator[Path]:
-    """The folder of a component; whatever a library says of one that it cannot read becomes one line."""
+    """The folder of a component; any error that a library raises while reading it becomes a one-line `InputError`."""
     folder = checkpoint.components / part
     try:
         yield folder

@@ -27,7 +27,7 @@ class Config:
     """Write a tiny random pipeline."""
 
     pipeline: tyro.conf.Positional[Name]
-    """Which one."""
+    """The pipeline to write."""
     out: Path
     """Folder to write; must be empty or not exist."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # diffusers is optional: importing this needs it not
 
 
 def image_vae() -> Any:
-    """What Flux and Stable Diffusion 3 decode with."""
+    """The VAE of Flux and Stable Diffusion 3."""
     import diffusers
 
     return drawn_vae(
@@ -71,7 +71,7 @@ def flux() -> DiffusionPipeline:
 
 
 def sd3() -> DiffusionPipeline:
-    """Of version 3.5, medium: norms in attention, and a first block that attends to the image twice."""
+    """Stable Diffusion 3.5 medium: norms in attention, and a first block that attends to the image twice."""
     import diffusers
 
     tokenizer, text_encoder = clip(12, projected=True)

@@ -1,4 +1,4 @@
-"""What the pipelines are made of: sizes, random weights, tokenizers and text encoders."""
+"""Parts of the pipelines: sizes, random weights, tokenizers and text encoders."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 SIZES = {"num_attention_heads": 5, "attention_head_dim": 16, "num_layers": 2}
-"""Of every transformer: heads that 2 and 3 do not divide, each with room for three rotary axes."""
+"""Sizes of every transformer: heads that 2 and 3 do not divide, each with channels for three rotary axes."""
 WIDTH = 5 * 16
 ROTARY = (4, 6, 6)
 TEXT_WIDTH = 32
-"""Of every text encoder; two in one pipeline differ."""
+"""Width of every text encoder; two in one pipeline differ."""
 CHANNELS = (8, 8, 8, 8)
-"""Of an autoencoder's blocks; its strides are the real ones."""
+"""Channels of an autoencoder's blocks; its strides are the real ones."""
 LATENTS = 4
 LATENTS_IN_AND_OUT = {"in_channels": LATENTS, "out_channels": LATENTS}
 
@@ -93,7 +93,7 @@ def byte_tokenizer(texts: Iterable[str], special: list[str], form: str = "$A", *
 
 
 def token_ids(tokenizer: Any) -> dict[str, int | None]:
-    """What a text model's configuration says of its special tokens."""
+    """The numbers of special tokens for a text model's configuration."""
     return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
 
 

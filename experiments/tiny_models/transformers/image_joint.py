@@ -11,7 +11,7 @@ from experiments.tiny_models.transformers.registry import Draw, tiny
 
 
 def _positions(*lengths: int) -> Tensor:
-    """Of every cell of a grid, row by row."""
+    """The positions of all cells of a grid, row by row."""
     return torch.cartesian_prod(*(torch.arange(length) for length in lengths))
 
 

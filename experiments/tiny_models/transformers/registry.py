@@ -1,4 +1,4 @@
-"""What it takes to run a model: its sizes, and inputs that fit them."""
+"""Tiny models by name: the sizes of each, and inputs that fit them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Draw = Callable[..., Tensor]
 """Normal random numbers of a shape."""
 
 SPREAD = 0.1
-"""Of random weights: what a model starts its training with is zero in places, which would hide what it computes."""
+"""Standard deviation of random weights; a model's own initial weights are zero in places, which would hide errors."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Tiny:
         return model
 
     def arguments(self, seed: int = 1) -> dict[str, Any]:
-        """What to call it with, by name."""
+        """The arguments of a call of the model, by name."""
         generator = torch.Generator().manual_seed(seed)
         return self.inputs(lambda *shape: torch.randn(*shape, generator=generator))
 

@@ -22,7 +22,7 @@ WAN: dict[str, Any] = {
     "ffn_dim": 24,
     "num_layers": 2,
 }
-"""What the models have in common that were made from Wan."""
+"""Sizes that all models derived from Wan have in common."""
 
 
 def padded(length: int, *kept: int) -> Tensor:

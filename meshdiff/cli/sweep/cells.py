@@ -1,4 +1,4 @@
-"""The cells of a sweep, and how one of them is measured: a torchrun of run.py, and what its clips say of themselves."""
+"""The cells of a sweep, and the measurement of one: a torchrun of run.py, and the metrics of its clips."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from meshdiff.distributed.launch import end_with_parent
 from meshdiff.distributed.mesh import Layout
 
 CLIPS = ".clips-"
-"""How the folders of clips begin that are yet to be read, and then removed."""
+"""Prefix of the names of temporary folders of clips, which are removed after their metrics are read."""
 RUN = ("-m", "meshdiff", "run")
-"""Of torchrun, in each measurement."""
+"""Arguments of torchrun in each measurement."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured: a layout, how its ranks attend, and how long the clips are."""
+    """One setting to measure: a layout, the strategy of attention, and the number of frames."""
 
     layout: Layout
     strategy: str
@@ -41,25 +41,25 @@ class Cell:
         return f"dp{self.layout.dp}-cfg{self.layout.cfg}-cp{self.layout.cp}{strategy}-{self.frames}-frames"
 
     def flags(self) -> dict[str, Any]:
-        """Of run.py."""
+        """The flags of run.py for this cell."""
         return {**asdict(self.layout), "strategy": self.strategy, "frames": self.frames}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of `results.csv`: one measurement of one cell. What a failed one has not is empty."""
+    """A line of `results.csv`: one measurement of one cell. The columns that a failed one lacks are empty."""
 
     world_size: int
     dp: int
     cfg: int
     cp: int
     strategy: str
-    """Of attention; auto where there is nothing to choose."""
+    """Strategy of attention; auto where there is nothing to choose."""
     frames: int
     repeat: int
-    """From 0. Cells take turns, so the same number is about the same time, unless `--resume` added some later."""
+    """Round of measurements, from 0. One round is measured at about the same time, unless `--resume` added some."""
     oversubscribed: bool
-    """Whether ranks had to share cores or GPUs, so that the times say nothing about scaling."""
+    """True if ranks had to share cores or GPUs, so that the times say nothing about scaling."""
     status: str
     """"ok", or "failed"."""
     error: str = ""
@@ -70,24 +70,24 @@ class Row:
     guidance_scale: float | None = None
     checkpoint: str | None = None
     run_flags: str = ""
-    """What else run.py was told."""
+    """Additional flags of run.py."""
     seconds_per_step: float | None = None
     """The median, the first step left out if there are others; of the slowest replica. A step of `dp` clips at once."""
     seconds_per_clip: float | None = None
-    """From prompt to frames, of the slowest replica."""
+    """Seconds from prompt to frames, of the slowest replica."""
     start_memory_bytes: int | None = None
-    """What a rank held before the clip: weights, and on a CPU all that was imported. Of the rank that holds most."""
+    """Memory of a rank before the clip, of the rank that holds most: weights, and on a CPU all imported modules."""
     peak_memory_bytes: int | None = None
-    """The most that a rank held."""
+    """Peak memory of a rank, of the rank that held most."""
     cp_all_to_all_bytes: int | None = None
-    """Sent by a rank for a clip, on the mesh dim cp; the steps of a ring are exchanges as well."""
+    """Bytes that a rank sent for a clip on the mesh dim cp; the steps of a ring count as all-to-alls as well."""
     cp_all_gather_bytes: int | None = None
     cfg_all_gather_bytes: int | None = None
     other_bytes: int | None = None
-    """All else: a prompt that one rank reads, weights that ranks share."""
+    """Bytes of all other collectives: for a prompt that one rank encodes, and for weights that are sharded."""
     device: str = ""
     places: str = ""
-    """How many cores, or GPUs, ranks could have to themselves."""
+    """Number of cores, or of GPUs, of the machine, in words."""
     dtype: str = ""
     torch_version: str = ""
     meshdiff_version: str = ""
@@ -98,7 +98,7 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a `results.csv`; lines that are none are left out."""
+    """The rows of a `results.csv`; invalid lines are left out."""
     kinds = {field.name: str(field.type) for field in fields(Row)}
     rows = []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -117,7 +117,7 @@ def _value(text: str, kind: str) -> Any:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Put a `results.csv` in the place of the one that is there, if any."""
+    """Write a `results.csv`, replacing an earlier one at once."""
     partial = path.with_name(f".{path.name}")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
@@ -130,9 +130,9 @@ def measure(cell: Cell, flags: Sequence[str], known: Mapping[str, Any], folder: 
     """Run a cell once.
 
     Args:
-        cell, flags: what to run; flags of run.py.
-        known: what else the row has to say.
-        folder: of the sweep; what a failed run printed is left in it.
+        cell, flags: the cell to run, and the flags of run.py.
+        known: other columns of the row.
+        folder: of the sweep; the output of a failed run is kept in it.
         timeout: seconds.
     """
     layout = cell.layout
@@ -161,7 +161,7 @@ def _list_of_clips(folder: Path, count: int) -> list[str]:
 
 
 def _torchrun(ranks: int, flags: Sequence[str], timeout: float) -> tuple[int | None, str]:
-    """Exit code, None if it took too long, and what it printed."""
+    """Run torchrun; returns its exit code, or None if it took too long, and its output."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     process = subprocess.Popen(
         [*launcher, *RUN, *flags],
@@ -185,7 +185,7 @@ def _torchrun(ranks: int, flags: Sequence[str], timeout: float) -> tuple[int | N
 
 
 def _end(process: subprocess.Popen[str]) -> str:
-    """End torchrun, which ends its ranks; returns what it had printed."""
+    """End torchrun, which ends its ranks; returns its output."""
     process.terminate()
     try:
         return process.communicate(timeout=60)[0]
@@ -219,7 +219,7 @@ def _measured(out: Path) -> dict[str, Any]:
 
 
 def _reason(code: int | None, printed: str, out: Path, timeout: float) -> str:
-    """Why a run failed, in a line."""
+    """The reason why a run failed, in a line."""
     if code is None:
         return f"took longer than --timeout {timeout:g} seconds"
     with contextlib.suppress(OSError, ValueError):

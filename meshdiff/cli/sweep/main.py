@@ -70,7 +70,7 @@ class Config:
     experiments.tiny_models.wan_checkpoint --out tiny-wan, or python -m experiments.tiny_models.pipelines wan --out
     tiny-wan"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto takes GPUs if there are any."""
+    """Device to compute on; auto takes GPUs if there are any."""
     run_flags: str = ""
     """More flags for run.py, as one word: --run-flags="--dim 1024 --compile"."""
     repeats: int = 3
@@ -90,7 +90,7 @@ class Config:
 
     @property
     def places(self) -> int:
-        """How many ranks this machine has room for."""
+        """Number of GPUs of this machine, or of the cores that this process may use."""
         return torch.cuda.device_count() if self.on_gpus else len(os.sched_getaffinity(0))
 
     @property
@@ -102,7 +102,7 @@ class Config:
         return f"{self.places} {one}{'s' * (self.places > 1)}"
 
     def check(self) -> None:
-        """Raise `InputError` for what cannot be swept."""
+        """Raise `InputError` for flags that cannot work."""
         for name in ("world_sizes", "frames", "height", "width", "steps", "repeats", "timeout"):
             given = getattr(self, name)
             if given is not None and any(number < 1 for number in (given if isinstance(given, tuple) else [given])):
@@ -125,7 +125,7 @@ class Config:
         return sorted(set(self.world_sizes)) or [2**n for n in range(self.places.bit_length())]
 
     def flags(self, cell: Cell) -> list[str]:
-        """Those of run.py for a cell."""
+        """Flags of run.py for a cell."""
         pixels = 64 if self.model == "random" else None
         given = {
             "model": self.model,
@@ -153,12 +153,12 @@ class Config:
             raise InputError("--run-flags", f"{self.run_flags!r} given ({error})") from error
 
     def shares(self, ranks: int) -> bool:
-        """Whether that many ranks have to share cores or GPUs."""
+        """True if that many ranks have to share cores or GPUs."""
         threads = "1" if self.on_gpus else run.peek("--threads", self.more()) or "1"
         return ranks * (int(threads) if threads.isdecimal() else 1) > self.places
 
     def same_for_all(self) -> dict[str, object]:
-        """What must not change when a sweep goes on, as its numbers are compared."""
+        """Settings that must not change when a sweep is resumed, as its numbers are compared."""
         free = {"world_sizes", "layouts", "strategies", "frames", "repeats", "oversubscribe", "timeout", "out"}
         free |= {"resume", "wandb", "wandb_project"}
         same = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
@@ -189,7 +189,7 @@ def all_cells(config: Config) -> list[Cell]:
 
 
 def layouts_of(config: Config, size: int, branches: int) -> list[Layout]:
-    """Those of a world size."""
+    """Layouts of a world size."""
     if config.layouts == "auto":
         return [Layout.auto(size, guided=branches > 1)]
     return [
@@ -201,7 +201,7 @@ def layouts_of(config: Config, size: int, branches: int) -> list[Layout]:
 
 
 def fits(model: VideoModel, alone: RunConfig, layout: Layout, strategy: Strategy) -> bool:
-    """Whether run.py takes it, and there is something for every rank to do."""
+    """True if run.py accepts the layout and the strategy, and every rank has something to do."""
     try:
         dataclasses.replace(alone, strategy=strategy).check()
         prepare_request(model, alone.request, layout)
@@ -212,7 +212,7 @@ def fits(model: VideoModel, alone: RunConfig, layout: Layout, strategy: Strategy
 
 
 def begin(config: Config, out: Path) -> list[Row]:
-    """Make the folder of a sweep, or go on in it; returns what it has measured."""
+    """Make the folder of a sweep, or continue in it; returns the rows that it has measured."""
     asked = json.loads(json.dumps(config.same_for_all()))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / ASKED).is_file():
@@ -242,7 +242,7 @@ def check_same_sweep(asked: dict[str, object], out: Path) -> None:
 
 
 def measure_all(config: Config, cells: list[Cell], rows: list[Row], out: Path, console: Console) -> list[Row]:
-    """Measure what is still missing, a turn of all cells after the other."""
+    """Do the measurements that are missing, in rounds over all cells."""
     wanted = {(cell, n) for n in range(config.repeats) for cell in cells}
     rows = [row for row in rows if row.status == "ok" or (row.cell, row.repeat) not in wanted]
     done = {(row.cell, row.repeat) for row in rows}

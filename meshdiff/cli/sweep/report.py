@@ -1,4 +1,4 @@
-"""What the rows of a sweep say: medians, tables, plots, and the same for Weights & Biases."""
+"""Reports of the rows of a sweep: medians, tables, plots, and the same for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ Array = np.ndarray[Any, Any]
 
 
 def medians(rows: Iterable[Row]) -> pd.DataFrame:
-    """A line for each cell: medians over its measurements, and what it gains.
+    """A table with a line for each cell: medians over its measurements, and its speed-up.
 
     `speed_up` compares sampling steps a second, of all replicas together, with those of the fewest ranks that could
     make clips of as many frames, which count as ideal, in the same turn. It is the median over turns; `slowest` and
-    `fastest` are the range. `efficiency` is that by ranks. Reading prompts, decoding, and the first step, which meets
-    everything for the first time, are not in it.
+    `fastest` are the range. `efficiency` is the speed-up divided by ranks. Reading prompts, decoding, and the first
+    step, which includes one-time work, are not in it.
     """
     measured = pd.DataFrame([asdict(row) for row in rows if row.status == "ok"])
     measured["seconds"] = measured.seconds_per_step / measured.dp  # of a step of one clip, on average
@@ -96,7 +96,7 @@ def layout_name(cell: Any) -> str:
 
 
 def machine(rows: Sequence[Row]) -> str:
-    """Where and with what the rows were measured."""
+    """The machine, the versions and the model with which the rows were measured."""
     row = next(row for row in rows if row.status == "ok")
     guidance = "" if row.guidance_scale is None else f", guidance {row.guidance_scale:g}"
     return (
@@ -162,7 +162,7 @@ def write_tables(rows: Sequence[Row], out: Path) -> None:
 
 
 def summary(rows: Sequence[Row]) -> Table:
-    """For the terminal: every cell; of each number of ranks the fastest last."""
+    """A table of every cell for the terminal; for each number of ranks the fastest comes last."""
     table = Table("frames", "ranks", "layout", "s / step", "speed-up", "peak MiB")
     for cell in medians(rows).sort_values(["frames", "world_size", "speed_up"]).itertuples():
         table.add_row(
@@ -204,7 +204,7 @@ def _figure(columns: int, rows: int = 1, width: float = 3.6, height: float = 3.0
 
 
 def _lines(cells: pd.DataFrame, column: str, largest: bool) -> dict[str, pd.DataFrame]:
-    """For each series its cells, one for each world size: the best, from the one that all start at."""
+    """The best cell of each world size for each series; all series start at the same cell, the one of fewest ranks."""
     start = cells[cells.world_size == cells.world_size.min()].nlargest(1, "speed_up")
     lines = {}
     for series in COLORS:
@@ -218,7 +218,7 @@ def _lines(cells: pd.DataFrame, column: str, largest: bool) -> dict[str, pd.Data
 
 
 def _legend(figure: Figure, grid: Array) -> None:
-    """One for all panels, which need not have the same lines."""
+    """Draw one legend for all panels, which may have different lines."""
     found: dict[str, Artist] = {}
     for axes in grid.flat:
         handles, labels = axes.get_legend_handles_labels()
@@ -238,7 +238,7 @@ def _ranks_axis(axes: Axes, sizes: Iterable[int]) -> None:
 
 
 def _points(axes: Axes, line: pd.DataFrame, values: pd.Series, series: str, errors: Array | None = None) -> None:
-    """A line whose points are hollow where ranks had to share cores."""
+    """Draw a line whose points are hollow where ranks had to share cores."""
     color = COLORS[series]
     axes.errorbar(line.world_size, values, errors, color=color, lw=1.5, capsize=3, label=series)
     for shared, face in ((False, color), (True, "white")):
@@ -270,7 +270,7 @@ def plot_scaling(cells: pd.DataFrame) -> Figure:
 
 
 def plot_memory(cells: pd.DataFrame) -> Figure:
-    """What a rank holds beyond what it held before the clip, against 1/N."""
+    """Memory of a rank beyond its memory before the clip, against 1/N."""
     all_frames = sorted(cells.frames.unique())
     figure, grid = _figure(len(all_frames))
     sizes = np.array(sorted(cells.world_size.unique()))
@@ -344,7 +344,7 @@ PLOTS = {"scaling": plot_scaling, "memory": plot_memory, "traffic": plot_traffic
 def log_to_wandb(rows: Sequence[Row], out: Path, mode: Literal["disabled", "offline", "online"], project: str) -> None:
     """A run for each cell, in the group that is named as the folder; measurements are its steps, medians its summary.
 
-    What a sweep that goes on has logged already, of as many measurements, is not logged again.
+    A cell that an earlier run of the sweep has logged with as many measurements is not logged again.
 
     Raises:
         InputError: if W&B cannot be reached.
