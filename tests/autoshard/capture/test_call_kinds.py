@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_every_rank
+from ranks import run_on_every_rank, start_on_ranks
 from torch import nn
 from untouched_cases import CHANNELS
 
@@ -19,7 +21,8 @@ from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.capture import call_kinds
 from meshdiff.autoshard.capture.call_kinds import KINDS, PAUSE, PAYS, TOO_SOON, CallKinds, NotCaptured
 from meshdiff.autoshard.numerics import difference
-from tests.autoshard.capture.test_graph_capture import RAN, Model, nothing
+from meshdiff.distributed.consensus import store
+from tests.autoshard.capture.test_graph_capture import MANY, RAN, Model, nothing, set_factor
 
 
 def kinds() -> CallKinds[Any]:
@@ -109,3 +112,24 @@ def test_a_new_shape_is_captured_and_the_one_used_longest_ago_let_go(ranks, tmp_
 def test_a_simulation_has_no_programs():
     with simulate(2), pytest.raises(ValueError, match="capture=True takes real ranks"):
         parallelize(Model(nothing), init_mesh(Layout(cp=2), "cpu")["cp"], capture=True)
+
+
+def changed_on_one_rank() -> None:
+    """Rank 1 alone changes a model that is captured; ends with an error."""
+    store().set_timeout(timedelta(seconds=3))
+    model = Model(nothing)
+    parallelize(model, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], capture=True)
+    with torch.no_grad():
+        for step in MANY:
+            step(model)
+        if dist.get_rank() == 1:
+            set_factor(model)
+        for step in MANY:
+            step(model)
+
+
+def test_a_rank_that_alone_changes_the_model_is_told(tmp_path):
+    ranks = start_on_ranks(changed_on_one_rank, 2, tmp_path)
+    assert ranks.exit_codes[1] == 1, ranks
+    told = "this rank started the call again (Model was changed: blocks.1.settings"
+    assert re.search(rf"\[rank1\]: RuntimeError: {re.escape(told)}", ranks.stderr[1]), ranks
