@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from meshdiff.errors import InputError
 
@@ -46,10 +49,29 @@ def output_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in new_parents:
-            with suppress(OSError):  # not empty: the run is in it
-                parent.rmdir()
+        with _signals_wait():
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in new_parents:
+                with suppress(OSError):  # not empty: the run is in it
+                    parent.rmdir()
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that end this process take effect after the body: torchrun sends one when another rank has failed."""
+    waiting: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for late in waiting:
+            signal.raise_signal(late)
 
 
 def remove_partial(path: Path) -> None:

@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
 import imageio.v2 as imageio
 import pytest
 import torch
@@ -83,3 +89,20 @@ def test_pixels_are_rgb_and_rounded():
     pixels = to_pixels(video)
     assert pixels.shape == (1, 256, 256, 3)
     assert pixels[0, ::128, ::128, 0].tolist() == [[0, 128], [255, 255]]
+
+
+def test_a_signal_while_a_folder_is_removed_leaves_nothing_behind(tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def disturbed(path: Path, **options: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", disturbed)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with pytest.raises(SystemExit), output_folder(tmp_path / "run"):
+            raise InputError("--out", "cannot be written")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []

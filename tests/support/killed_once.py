@@ -21,4 +21,4 @@ if (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
 
     VideoDiT.forward = fail_later
 
-end_process(run.main(sys.argv[1:]))
+end_process(run.command(sys.argv[1:]))

@@ -22,4 +22,4 @@ if os.environ["RANK"] == "1":
 
     VideoDiT.forward = fail_later
 
-end_process(run.main(sys.argv[1:]))
+end_process(run.command(sys.argv[1:]))
