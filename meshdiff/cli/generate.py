@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +19,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from torch import Tensor
 
+from meshdiff.cli.config import Config
 from meshdiff.cli.media import write_video
 from meshdiff.cli.metrics import PeakMemory, RunMetrics, Timer, collect
 from meshdiff.cli.output import COMPLETE, output_folder, remove_partial
@@ -34,9 +35,6 @@ from meshdiff.distributed.world import recall, remember
 from meshdiff.errors import InputError
 from meshdiff.models import VideoModel
 from meshdiff.pipeline import Pipeline, check_strategy, prepare_request
-
-if TYPE_CHECKING:
-    from meshdiff.cli.config import Config
 
 
 @contextlib.contextmanager

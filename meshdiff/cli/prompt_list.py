@@ -7,15 +7,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from meshdiff.cli.config import Config
 from meshdiff.cli.request_list import decode_list
 from meshdiff.distributed.consensus import after_first_rank, all_gather_object
 from meshdiff.distributed.world import recall, remember
 from meshdiff.errors import InputError
-
-if TYPE_CHECKING:
-    from meshdiff.cli.config import Config
 
 
 def read_list(config: Config, first: bool) -> str:

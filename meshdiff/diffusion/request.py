@@ -62,7 +62,7 @@ class Request:
     """Time shift: above 1, more of the steps are spent on the noisy part. wan: by default 3 up to 480p and 5 above.
     diffusers: the scheduler's own, not to be given."""
     options: Options = field(default_factory=Options)
-    """Those that one model has and others have not."""
+    """Options that one model has and others have not."""
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():

@@ -37,7 +37,7 @@ def groups() -> dict[str, DeviceMesh]:
 
 
 def on_ranks() -> dict[str, float]:
-    """How long this rank waits for rank 3 in each of the groups of both."""
+    """Seconds that this rank waits for rank 3 in each of the groups of both."""
     waited, own = {}, groups()
     for name, mesh in own.items():
         if 3 in mesh.mesh.flatten().tolist() and dist.get_rank() != 3:

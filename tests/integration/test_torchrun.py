@@ -89,7 +89,7 @@ def test_torchruns_report_says_of_both_ranks_what_one_line_said(tmp_path):
 
 
 def test_ranks_of_torchrun_are_what_forked_ranks_are(tmp_path):
-    """Those of other tests are forked, see `fork_server.py`."""
+    """Ranks of other tests are forked, see `fork_server.py`."""
     process = torchrun(2, str(SUPPORT / "checks_by_torchrun.py"), "layouts", str(tmp_path / "found.pt"))
     assert process.returncode == 0, process.stderr[-6000:]
     found, forked = torch.load(tmp_path / "found.pt"), run_on_ranks(on_ranks.layouts, 2, tmp_path)

@@ -122,7 +122,7 @@ def become(rank: Rank, server: int, threads: int) -> NoReturn:
 
 
 def call(rank: Rank) -> Any:
-    """What the rank's function returns."""
+    """Call the rank's function; returns its result."""
     module, _, name = rank.check.partition(":")
     function = getattr(importlib.import_module(module), name)
     if rank.world:

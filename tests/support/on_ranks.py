@@ -60,7 +60,7 @@ def attention() -> dict:
 
 
 def compiled_attention() -> list[bool]:
-    """Whether each strategy, compiled without a graph break, gives the bits that it gives otherwise."""
+    """For each strategy, True if it gives the same bits when it is compiled without a graph break."""
     mesh = init_mesh(Layout(1, dist.get_world_size()), "cpu")["cp"]
     same = []
     for strategy, is_causal in (("ulysses", False), ("gather", True)):
@@ -79,7 +79,7 @@ def compiled_attention() -> list[bool]:
 
 
 def checked_attention() -> list[str]:
-    """What every rank hears with MESHDIFF_CHECK=1 when rank 1 alone holds something else."""
+    """The errors of every rank with MESHDIFF_CHECK=1 when rank 1 alone holds something else."""
     os.environ["MESHDIFF_CHECK"] = "1"
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = init_mesh(Layout(1, world), "cpu")["cp"]
@@ -119,7 +119,7 @@ def drop_in() -> dict:
 
 
 def agreement() -> list[str]:
-    """What every rank hears when one rank fails, and when ranks differ."""
+    """The errors of every rank when one rank fails, and when ranks differ."""
     heard = []
     rank = dist.get_rank()
     try:

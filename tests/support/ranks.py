@@ -57,7 +57,7 @@ def free_port() -> int:
 
 
 def run_on_ranks(check: Callable, world_size: int, folder: Path, *arguments: Any, timeout: float = 300) -> Any:
-    """What a check returned on rank 0 of that many processes, none of which failed.
+    """Call a check on that many processes, none of which may fail; returns the result of rank 0.
 
     Args:
         check: a function of a module that can be imported.
@@ -70,7 +70,7 @@ def run_on_ranks(check: Callable, world_size: int, folder: Path, *arguments: Any
 def run_on_every_rank(
     check: Callable, world_size: int, folder: Path, *arguments: Any, timeout: float = 300
 ) -> list[Any]:
-    """What a check returned on every rank; see `run_on_ranks`."""
+    """Call a check like `run_on_ranks`; returns the results of all ranks."""
     ranks = start_on_ranks(check, world_size, folder, *arguments, timeout=timeout)
     assert not any(ranks.exit_codes), ranks
     return [torch.load(path, weights_only=False) for path in ranks.results]

@@ -28,7 +28,7 @@ def broken(graph):
 
 
 def traffic_and_compiled() -> tuple[Any, Any, list[float], str, list[str]]:
-    """What a call sends on shards and as a program, whether both give the same bits; of what is made of it, the errors.
+    """Traffic of a call on shards and as a program, and if both give the same bits; of what is made of it, the errors.
 
     And the code of the program, and what is told of each.
     """
