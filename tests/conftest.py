@@ -15,7 +15,10 @@ import hypothesis
 import pytest
 import torch
 
+from meshdiff.distributed.world import keep_order_of_sums
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which looks once
+keep_order_of_sums()  # before the first product of this process
 LOCKS = "MESHDIFF_TEST_LOCKS"
 """The variable that names the folder with the locks of this run of pytest, for its workers."""
 

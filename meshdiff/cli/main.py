@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import meshdiff
 from meshdiff.distributed.launch import end_process, print_any_letter
+from meshdiff.distributed.world import keep_order_of_sums
 
 __all__ = ["COMMANDS", "main"]
 
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         arguments: the command's name and its flags; by default those of this process.
     """
     print_any_letter()
+    keep_order_of_sums()
     name, *flags = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if name in ("--help", "-h"):
         print(_usage())

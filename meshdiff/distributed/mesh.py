@@ -28,7 +28,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from meshdiff.distributed.linear import on_shards
 from meshdiff.distributed.torch_compat import with_timeout_of_world
-from meshdiff.distributed.world import init_distributed, launched_world_size
+from meshdiff.distributed.world import init_distributed, keep_order_of_sums, launched_world_size
 from meshdiff.errors import InputError
 
 __all__ = [
@@ -203,6 +203,7 @@ def init_mesh(layout: Layout, device_type: str | None = None, timeout: timedelta
             fewer GPUs than ranks.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    keep_order_of_sums()
     init_distributed(timeout)
     if dist.get_world_size() != layout.world_size:
         raise InputError(

@@ -25,7 +25,7 @@ from meshdiff.distributed.torch_compat import AsyncCollectiveTensor
 
 __all__ = ["Storage", "Streamed", "stream"]
 
-ALIGNMENT = 16  # bytes; of tensors of any dtype inside a buffer
+ALIGNMENT = 64  # bytes; torch's own on CPUs, so kernels that look at it add up in the same order
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from meshdiff.errors import InputError
 __all__ = [
     "first_failure",
     "init_distributed",
+    "keep_order_of_sums",
     "launched_world_size",
     "own_rank",
     "recall",
@@ -45,6 +46,18 @@ def launched_world_size() -> int:
 def own_rank() -> int:
     """This process's number in the world, which may be yet to be formed; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() and not is_simulated() else _number("RANK", "0")
+
+
+def keep_order_of_sums() -> None:
+    """Let matrix products on CPUs add up in an order that does not depend on the number of rows.
+
+    A rank's shard has fewer rows than the whole sequence, and by default MKL chooses its kernel, and with it the order
+    of summation, by the number of rows and by the alignment in memory. Strict conditional numerical reproducibility
+    (oneMKL developer guide, "Obtaining Numerically Reproducible Results") rules that out. MKL reads the variable
+    before its first product in a process, so a call after that one has no effect; neither has it on a
+    build of torch without MKL. A value that is set already is left as it is.
+    """
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 
 def init_distributed(timeout: timedelta | None = None) -> None:

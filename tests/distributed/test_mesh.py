@@ -1,14 +1,47 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from itertools import product
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from meshdiff import CommsCounter, InputError, Layout, init_mesh, simulate
+from meshdiff.cli.main import main
 from meshdiff.distributed.mesh import place, replicate_module
 from meshdiff.distributed.simulation import rank_values, unwrap
+
+
+def products_of_shards() -> int:
+    """Compare linear layers of rows with the same rows of the whole; the number of cases in which bits differ."""
+    torch.manual_seed(0)
+    init_mesh(Layout(), "cpu")
+    torch.set_num_threads(1)
+    differ = 0
+    for in_features, out_features in product((48, 64, 192, 256), (64, 192, 256)):
+        rows, linear = torch.randn(400, in_features), torch.nn.Linear(in_features, out_features)
+        whole = linear(rows)
+        for start, size in product((0, 7), range(4, 80)):
+            differ += not torch.equal(linear(rows[start : start + size].clone()), whole[start : start + size])
+    return differ
+
+
+def test_a_shard_has_the_bits_of_the_whole_in_a_process_that_has_set_nothing():
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    program = "import sys; from tests.distributed.test_mesh import products_of_shards; sys.exit(products_of_shards())"
+    assert subprocess.run([sys.executable, "-c", program], env=environment, timeout=120).returncode == 0
+
+
+def test_the_command_sets_the_order_of_sums(monkeypatch):
+    monkeypatch.delenv("MKL_CBWR")
+    monkeypatch.setattr("meshdiff.cli.main.end_process", sys.exit)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert os.environ["MKL_CBWR"] == "AUTO,STRICT"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_each_rank_stores_its_part_and_nothing_more(layout, offload):
     whole = sum(parameter.nbytes for parameter in model.transformer.parameters())
     with simulate(layout.world_size):
         pipeline = Pipeline(model, init_mesh(layout, "cpu"), shard_weights=True, offload=offload)
-        slack = len(names) * 16 * layout.world_size  # of alignment
+        slack = len(names) * 64 * layout.world_size  # of alignment
         for own in stored_bytes(pipeline):
             assert whole / layout.world_size <= own <= (whole + slack) / layout.world_size
     left = [name for name, parameter in model.transformer.named_parameters() if parameter.device.type != "meta"]
