@@ -52,8 +52,8 @@ __all__ = [
 DP, CFG, CP = "dp", "cfg", "cp"
 
 DOUBLING = 0.95
-"""Efficiency of each rank after the number of ranks on one request is doubled, relative to before; bench_layouts gave
-0.92 for the sequence and 0.97 for guidance."""
+"""Efficiency of each rank after the number of ranks on one request is doubled, relative to before;
+`experiments.benchmarks.layouts` gave 0.92 for the sequence and 0.97 for guidance."""
 
 # torch starts new process groups whenever a mesh is divided, so what a group was divided into is kept
 # for as long as that group lives. Equal meshes of a later world are other groups.

@@ -38,7 +38,7 @@ __all__ = ["DiffusersModel", "DiffusersRun", "PipelineOptions"]
 
 INDEX = "model_index.json"
 
-REPLICATED = (
+WHOLE_FOLDER_HINT = (
     "name the folder of a pipeline, as `hf download ID --local-dir FOLDER` or `DiffusionPipeline.save_pretrained` "
     "makes it"
 )
@@ -83,7 +83,7 @@ class DiffusersModel:
             self.kind = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{self.folder / INDEX} cannot be read ({' '.join(str(error).split())})"
-            raise InputError("--checkpoint", f"{reason}; {REPLICATED}") from error
+            raise InputError("--checkpoint", f"{reason}; {WHOLE_FOLDER_HINT}") from error
         if not isinstance(getattr(diffusers, str(self.kind), None), type):
             unknown = f"{self.folder} is a {self.kind}, which diffusers {diffusers.__version__} does not have"
             raise InputError("--checkpoint", f"{unknown}; install one that has it, or name another folder")

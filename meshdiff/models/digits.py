@@ -30,7 +30,7 @@ class DigitsModel:
     """Moving digits in pixel space: the latents are the frames themselves.
 
     Args:
-        transformer: a `VideoDiT` whose vocabulary is that of `models.prompts`.
+        transformer: a `VideoDiT` whose vocabulary is that of `meshdiff.models.digits_prompts`.
     """
 
     DEFAULTS = Request(

@@ -83,7 +83,7 @@ DAMAGES = {
     "unnamed": lambda folder: (folder / "model_index.json").write_text("{}"),
 }
 AGAIN = r"cannot be read \(.*\); .*: download the folder again, or name another$"
-REPLICATED = r"model_index.json cannot be read \(.*\); name the folder of a pipeline, as `hf download"
+NO_INDEX = r"model_index.json cannot be read \(.*\); name the folder of a pipeline, as `hf download"
 TWO = r"this run has 1 guidance branch \(two need --true-cfg-scale above 1 and a --negative-prompt\); use --cfg 1$"
 
 
@@ -177,8 +177,8 @@ def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
     ("flags", "message"),
     [
         ([], "--checkpoint: is missing; name the folder of a pipeline"),
-        (["--checkpoint", "nowhere"], f"--checkpoint: nowhere/{REPLICATED}"),
-        (["--checkpoint", "unnamed"], f"--checkpoint: unnamed/{REPLICATED}"),
+        (["--checkpoint", "nowhere"], f"--checkpoint: nowhere/{NO_INDEX}"),
+        (["--checkpoint", "unnamed"], f"--checkpoint: unnamed/{NO_INDEX}"),
         (["--checkpoint", "strange"], "--checkpoint: strange is a Strange, which diffusers .*; install one that has"),
         (["--checkpoint", "promptless"], "--checkpoint: promptless is a .*, which takes no prompt; name the folder of"),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("bare", "cut", "garbled")),
