@@ -44,8 +44,8 @@ the ranks do not divide wherever the class allows it, on processes of one machin
 untouched model on one device, in L2 norm; FLOPs, attention and collectives are of the largest number of ranks, in a
 call of its own shapes. Each is called {calls} times, with other values; "captured" has how many operations the
 program has as which the last calls of a rank run (`capture=True`), or why there is none. "Gathered" names the lines
-of code in blocks that needed whole tensors. An all-gather in `scaled_dot_product_attention` is the `gather` strategy,
-which sends least where one head of key and value is for many of query.
+of code in blocks that needed replicated tensors. An all-gather in `scaled_dot_product_attention` is the `gather`
+strategy, which sends least where one head of key and value is for many of query.
 """
 CALLS = 7
 """One or two find out what runs how, then one is watched, one captured, one tried, and the last runs as a program."""
@@ -75,11 +75,11 @@ class Found:
     ranks: int
     error: float | None = None  # relative to the untouched model; None if it was refused
     refused: str = ""
-    share: float = 0.0  # of the floating point operations that ranks shared out
-    attention: tuple[int, int] = (0, 0)  # self-attentions in blocks on shards, and on whole tensors
+    share: float = 0.0  # of the floating point operations that ran on shards
+    attention: tuple[int, int] = (0, 0)  # self-attentions in blocks on shards, and on replicated tensors
     collectives: dict[str, float] = field(default_factory=dict)  # a block
     gathers: list[str] = field(default_factory=list)  # inside blocks, and what forced them
-    whole: dict[str, str] = field(default_factory=dict)
+    replicated_kinds: dict[str, str] = field(default_factory=dict)
     captured: str = ""
 
     @property
@@ -95,7 +95,8 @@ class Found:
     def is_sharded(self) -> bool:
         """True if every self-attention ran on shards, and nothing was gathered inside a block."""
         gathered = self.gathers or any(name in self.collectives for name in ("all_gather", "all_reduce"))
-        return self.is_right and not self.whole and not gathered and self.attention[0] > 0 and not self.attention[1]
+        sharded, replicated = self.attention
+        return self.is_right and sharded > 0 and not (self.replicated_kinds or gathered or replicated)
 
 
 def attempt(model: Tiny, mesh: DeviceMesh) -> Found:
@@ -138,7 +139,7 @@ def summary(name: str, error: float, report: Report) -> Found:
             {f"{what} ({line})" for block in blocks for what, _, line in block.gathers}
             | {f"{what} ({line}: {line.text})" for block in blocks for what, line in block.sent if what != "all_to_all"}
         ),
-        whole=report.whole,
+        replicated_kinds=report.replicated_kinds,
         captured=report.captured,
     )
 
@@ -191,7 +192,8 @@ def table(results: list[list[Found]]) -> str:
     for row in zip(*results, strict=True):
         last = row[-1]
         sent = ", ".join(f"{count:.1f} {name}" for name, count in sorted(last.collectives.items())) or "none"
-        why = [*last.gathers, *(f"{kind or 'all'} whole: {reason}" for kind, reason in last.whole.items())]
+        kinds = last.replicated_kinds.items()
+        why = [*last.gathers, *(f"{kind or 'all'} replicated: {reason}" for kind, reason in kinds)]
         on_shards = f"{last.attention[0]} of {sum(last.attention)}"
         notes = "; ".join([*why, last.refused] if last.refused else why).replace("|", "/")
         captured = last.captured.replace("|", "/").partition(": ")[2].removesuffix(", without the Python around them")

@@ -77,8 +77,8 @@ class ShardingContext:
         key = cache_key(func, args, kwargs) if traits_of(func).cacheable and self.does_again() else None
         if key is not None and (result := self.op_cache.get(key)) is not None:
             return result.replay(func, args, kwargs, self.unguarded)
-        whole = {name: all_replicated(kwargs[name], self.mesh) for name in kwargs}
-        made = map_dtensors(settled, func(*all_replicated(args, self.mesh), **whole))
+        replicated = {name: all_replicated(kwargs[name], self.mesh) for name in kwargs}
+        made = map_dtensors(settled, func(*all_replicated(args, self.mesh), **replicated))
         if key is not None:
             self.op_cache.insert(key, func, args, kwargs, made)
         return made

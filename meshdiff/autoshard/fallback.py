@@ -32,7 +32,7 @@ def restore_after(error: Exception, before: ModuleSnapshot) -> None:
         raise RuntimeError(
             f"{type(before.module).__name__} cannot run on shards as it was tried ({one_line(error)}), and it has "
             f"written to {lost} before that was noticed; load its weights again and start again, it will then run on "
-            "whole tensors"
+            "replicated tensors"
         ) from error
 
 
@@ -62,7 +62,7 @@ def agree_on_fallback(mesh: DeviceMesh, name: str, kind: str, error: Exception) 
     if is_simulated() or mesh.size() == 1:
         return
     ranks = mesh.mesh.flatten().tolist()
-    keys = {rank: f"meshdiff/retreat/{name}/{rank}" for rank in ranks}
+    keys = {rank: f"meshdiff/fallback/{name}/{rank}" for rank in ranks}
     store().set(keys[dist.get_rank()], kind)
     try:
         store().wait(list(keys.values()))

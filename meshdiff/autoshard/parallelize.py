@@ -124,14 +124,14 @@ class Parallelized:
             raise ValueError("capture=True takes real ranks: in a simulation one program would have to be every rank's")
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
-        self.whole: dict[str, str] = {}
+        self.replicated_kinds: dict[str, str] = {}
         """Kinds of blocks that run on replicated tensors, and why; "" is the full model."""
         self._others: dict[str, set[str]] = {}
         """By kind of block, arguments beside the tokens that are sharded at its entry."""
         self._found: dict[str, set[str]] = {}  # more of them, in the call that goes on
         self._learns = True
         self._name = f"untouched-{next(_names)}"
-        self._retreats, self._checks = itertools.count(), itertools.count()
+        self._fallbacks, self._checks = itertools.count(), itertools.count()
         self._settled: set[CallKey] = set()
         self._calls: dict[CallKey, int] = {}
         self._report: Report | None = None
@@ -172,8 +172,8 @@ class Parallelized:
     @property
     def captured(self) -> str:
         """The result of capturing calls, in one line; "" if that was not requested."""
-        if self._captures is not None and "" in self.whole:
-            return "Not captured: it runs whole on every rank"
+        if self._captures is not None and "" in self.replicated_kinds:
+            return "Not captured: it runs replicated on every rank"
         return "" if self._captures is None else str(self._captures)
 
     @property
@@ -198,11 +198,11 @@ class Parallelized:
         if not is_new:
             run = functools.partial(self._call_once, inner, False)
             try:
-                captures = None if "" in self.whole else self._captures
+                captures = None if "" in self.replicated_kinds else self._captures
                 return run(args, kwargs) if captures is None else captures.call(run, args, kwargs)
             except UnsafeMutation as error:
                 self._settled.discard(key)
-                raise UnsafeMutation(f"{error}; the next call will find out anew what can be shared out") from error
+                raise UnsafeMutation(f"{error}; the next call will find out anew what can be sharded") from error
         before = ModuleSnapshot(self.module, Policy.RESTORE, (args, kwargs))
         output, learnt = self._find_out(before, inner, args, kwargs)
         if learnt:
@@ -224,24 +224,24 @@ class Parallelized:
         Returns:
             the output, and True if the next call is to shard more arguments than this one.
         """
-        known = dict(self.whole)
+        known = dict(self.replicated_kinds)
         while True:
             try:
                 self._found = {}
                 output = self._call_once(inner, True, args, kwargs)
             except Exception as error:
-                kind = self._to_retreat(error)
+                kind = self._fallback_kind(error)
                 if kind is None:
-                    self.whole = known  # it is not the mesh that is wrong
+                    self.replicated_kinds = known  # it is not the mesh that is wrong
                     raise
                 if any(self._others.values()):  # it may have been these
                     others, self._others, self._learns = sorted(self._others), {}, False
-                    agree_on_fallback(self.mesh, f"{self._name}/{next(self._retreats)}", f"{others} whole", error)
+                    agree_on_fallback(self.mesh, f"{self._name}/{next(self._fallbacks)}", f"{others} replicated", error)
                     restore_after(error, before)
                     continue
                 # No name twice: what ranks wrote under an old one would let a rank go on before the others.
-                agree_on_fallback(self.mesh, f"{self._name}/{next(self._retreats)}", kind, error)
-                self.whole[kind] = one_line(error)
+                agree_on_fallback(self.mesh, f"{self._name}/{next(self._fallbacks)}", kind, error)
+                self.replicated_kinds[kind] = one_line(error)
                 restore_after(error, before)
                 continue
             learnt = False
@@ -251,9 +251,9 @@ class Parallelized:
             return output, learnt
 
     def _call_once(self, inner: Forward, new: bool, args: Any, kwargs: Any) -> Any:
-        if "" in self.whole:
+        if "" in self.replicated_kinds:
             output = self._untouched(inner, args, kwargs)
-            self._report = Report(type(self.module).__name__, self.mesh.size(), (), dict(self.whole))
+            self._report = Report(type(self.module).__name__, self.mesh.size(), (), dict(self.replicated_kinds))
             return output
         with self._on_shards(new) as run:
             if "" in self.blocks:
@@ -262,7 +262,7 @@ class Parallelized:
         with run.recorder or ExitStack():
             output = map_dtensors(once(to_plain), output)
         if run.recorder is not None:
-            self._report = Report.of(self.module, self.mesh, run.recorder, self.whole)
+            self._report = Report.of(self.module, self.mesh, run.recorder, self.replicated_kinds)
         return output
 
     def _untouched(self, inner: Forward, args: Any, kwargs: Any) -> Any:
@@ -325,7 +325,7 @@ class Parallelized:
 
     def _entered(self, run: _Run, name: str, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of a block: its tokens on shards, or all tensors plain."""
-        if type(block).__name__ in self.whole:
+        if type(block).__name__ in self.replicated_kinds:
             assert run.context is not None
             run.context.materialize_all()
 
@@ -340,13 +340,15 @@ class Parallelized:
             run.aliases.link(plain, shards)
         return args, kwargs
 
-    def _to_retreat(self, error: Exception) -> str | None:
+    def _fallback_kind(self, error: Exception) -> str | None:
         """The kind of block to run on replicated tensors from now on; None if that would not help."""
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error) or "" in self.whole:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error):
+            return None
+        if "" in self.replicated_kinds:
             return None
         name = self._failed_in
         kind = "" if name is None else type(self.blocks[name]).__name__
-        return "" if kind in self.whole else kind
+        return "" if kind in self.replicated_kinds else kind
 
     def _compare(self, before: ModuleSnapshot, inner: Forward, output: Any, args: Any, kwargs: Any) -> None:
         """With what the untouched model returns when it starts from where the call did."""

@@ -30,19 +30,19 @@ class Report:
         model: the class of the model.
         ranks: number of ranks of the mesh.
         blocks: a record of each block; the one without a name is of operations outside of blocks.
-        whole: kinds of blocks that ran on replicated tensors, and why; "" is the full model.
+        replicated_kinds: kinds of blocks that ran on replicated tensors, and why; "" is the full model.
         captured: the result of capturing its calls; "" if that was not requested.
     """
 
     model: str
     ranks: int
     blocks: tuple[BlockRecord, ...]
-    whole: dict[str, str]
+    replicated_kinds: dict[str, str]
     captured: str = ""
 
     @classmethod
-    def of(cls, module: nn.Module, mesh: DeviceMesh, recorder: Recorder, whole: dict[str, str]) -> Report:
-        return cls(type(module).__name__, mesh.size(), tuple(recorder.blocks.values()), dict(whole))
+    def of(cls, module: nn.Module, mesh: DeviceMesh, recorder: Recorder, replicated_kinds: dict[str, str]) -> Report:
+        return cls(type(module).__name__, mesh.size(), tuple(recorder.blocks.values()), dict(replicated_kinds))
 
     @property
     def sharded_share(self) -> float:
@@ -78,13 +78,13 @@ class Report:
         ]
 
     def __str__(self) -> str:
-        title = f"{self.model} on {self.ranks} ranks: {_percent(self.sharded_share)} of its operations are shared out"
+        title = f"{self.model} on {self.ranks} ranks: {_percent(self.sharded_share)} of its operations are sharded"
         parts = [title, *([self.captured] if self.captured else []), ""]
-        for kind, reason in self.whole.items():
-            parts += [f"{kind or 'All of it'} runs whole on every rank: {reason}", ""]
+        for kind, reason in self.replicated_kinds.items():
+            parts += [f"{kind or 'All of it'} runs replicated on every rank: {reason}", ""]
         if self.blocks:
             parts += _columns(
-                ["block", "", "shared out", "self-attention", "each rank sends", "in (of one block)"],
+                ["block", "", "sharded", "self-attention", "each rank sends", "in (of one block)"],
                 [_line(blocks) for blocks in _alike(self.blocks)],
             )
             parts += ["", "Sent, by line of code"]
@@ -96,7 +96,7 @@ class Report:
                 ],
             )[1:]
         if self.gathers():
-            parts += ["", "On whole tensors, though given shards"]
+            parts += ["", "On replicated tensors, though given shards"]
             parts += [f"  {row['function']} ({row['line']}): {row['why']}" for row in self.gathers()]
         return "\n".join(line.rstrip() for line in parts)
 
@@ -110,11 +110,11 @@ def _row(block: BlockRecord) -> dict[str, Any]:
     return {
         "block": block.name or OUTSIDE,
         "kind": block.kind,
-        "shared out": _share([block]),
+        "sharded": _share([block]),
         "operations on shards": sum(block.sharded.values()),
-        "operations on whole tensors": sum(block.replicated.values()),
+        "operations on replicated tensors": sum(block.replicated.values()),
         "self-attentions on shards": block.attention_sharded,
-        "self-attentions on whole tensors": block.attention_replicated,
+        "self-attentions on replicated tensors": block.attention_replicated,
         "collectives": dict(_collectives(block)),
         "bytes": sum(sent.bytes for sent in block.sent.values()),
     }

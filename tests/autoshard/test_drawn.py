@@ -114,7 +114,7 @@ class Statistics(Counter):
 
 
 def outcome(case: Case, statistics: Statistics) -> str:
-    """How a case came out: "on shards", "blocks whole", "whole", "refused"; "ill-posed" if nothing is known."""
+    """How a case came out: on shards, blocks replicated, replicated, refused; "ill-posed" if nothing is known."""
     module = build(case.sources)
     inputs = inputs_of(case.sizes, case.rotary, case.mask)
     second = {k: v * -0.7 if case.other_values and v.is_floating_point() else v for k, v in inputs.items()}
@@ -141,8 +141,8 @@ def outcome(case: Case, statistics: Statistics) -> str:
                     return "refused"
                 raise
             check(got, plain)
-    if handle.whole:
-        return "whole" if "" in handle.whole else "blocks whole"
+    if handle.replicated_kinds:
+        return "replicated" if "" in handle.replicated_kinds else "blocks replicated"
     report = handle.report()
     if sum(block.flops_sharded + block.flops_replicated for block in report.blocks):
         statistics.shares.append(report.sharded_share)

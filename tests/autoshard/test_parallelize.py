@@ -41,10 +41,10 @@ def on_mesh(ranks: int):
 @pytest.mark.parametrize("name", SHARED_OUT)
 def test_a_model_of_diffusers_is_itself_and_gathers_nothing_in_a_block(name):
     with simulate(3):
-        error, share, calls, _, whole = of_diffusers(name, on_mesh(3))
+        error, share, calls, _, replicated = of_diffusers(name, on_mesh(3))
     assert error <= BOUND
     assert share > 0.7
-    assert not whole
+    assert not replicated
     for block, collectives in calls.items():
         if block != "outside of blocks":
             assert set(collectives) == {"all_to_all"}, block
@@ -55,7 +55,7 @@ def test_a_model_of_diffusers_is_itself_and_gathers_nothing_in_a_block(name):
 def test_on_real_ranks_as_well(ranks, tmp_path):
     results = run_on_ranks(untouched_cases.many_of_diffusers, ranks, tmp_path)
     assert {name: found[0] <= BOUND for name, found in results.items()} == dict.fromkeys(results, True)
-    assert {name for name, found in results.items() if found[4]} == set()  # nothing retreated
+    assert {name for name, found in results.items() if found[4]} == set()  # no fallback
     assert run_on_ranks(untouched_cases.largest_gradient_error, ranks, tmp_path) <= 1e-4
     # Wan's contract: two exchanges for each of two self-attentions of 175 tokens with 5 heads of 12, and the output.
     for rank, traffic in enumerate(results["WanTransformer3DModel"][3]):
@@ -133,11 +133,11 @@ def test_joins_that_nobody_looks_at_are_not_made(change, ranks):
             assert difference(found, expected) <= BOUND
     if not change:
         assert comms.as_dict()["cp"]["all_to_all"]["count"] == 4
-        assert not parallel.whole
+        assert not parallel.replicated_kinds
 
 
 class LooksAtMemory(JointBlock):
-    """Takes text in whole tensors only."""
+    """Takes text in replicated tensors only."""
 
     def forward(self, hidden_states: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert text.data_ptr()
@@ -161,7 +161,7 @@ def test_text_that_a_block_makes_shards_of_is_given_to_it_as_shards_if_it_takes_
             (found,) = values(parallel(**given))
             assert difference(found, one) <= BOUND
             shares.append(parallel.report().sharded_share)
-        assert not parallel.whole
+        assert not parallel.replicated_kinds
     assert (shares[1] > shares[0]) == (kind is JointBlock)
     assert shares[2] == shares[1]
 
@@ -177,9 +177,9 @@ def test_writes_and_looks_are_those_of_one_device(variant, ranks):
             (found,) = values(parallel(**given))
             assert difference(found, expected) <= BOUND
     assert all(torch.equal(given[name], tensor) for name, tensor in inputs().items())
-    assert bool(parallel.whole) == (variant in WRITES_TO_COPIES)
-    if parallel.whole:
-        assert "writes to memory that a view of it" in parallel.whole["Block"]
+    assert bool(parallel.replicated_kinds) == (variant in WRITES_TO_COPIES)
+    if parallel.replicated_kinds:
+        assert "writes to memory that a view of it" in parallel.replicated_kinds["Block"]
 
 
 def test_without_the_watch_over_memory_a_write_would_be_lost(monkeypatch):
@@ -207,7 +207,7 @@ def test_gradients_arrive_whole_and_plain():
     with simulate(3):
         parallel = parallelize(other, on_mesh(3))
         parallel(**given).square().sum().backward()
-        assert not parallel.whole
+        assert not parallel.replicated_kinds
         assert parallel.report().sharded_share > 0.9
         for (name, expected), found in zip(one.named_parameters(), other.parameters(), strict=True):
             assert not isinstance(found.grad, DTensor)
@@ -221,7 +221,7 @@ def test_a_mistake_of_the_caller_is_reported_as_ever_and_forgotten():
         parallel = parallelize(model, on_mesh(2))
         with pytest.raises(RuntimeError, match=r"Sizes of tensors must match|size"):
             parallel(given["hidden_states"], given["text"][..., 1:])
-        assert not parallel.whole
+        assert not parallel.replicated_kinds
         (found,) = values(parallel(**given))
     assert difference(found, expected) <= BOUND
     assert parallel.report().sharded_share > 0.9
@@ -234,7 +234,7 @@ def test_a_call_that_starts_again_does_so_from_what_it_was():
     with simulate(2):
         parallel = parallelize(model, on_mesh(2))
         found = [unwrap(values(parallel(**given))[0]) for _ in range(2)]
-        assert parallel.whole
+        assert parallel.replicated_kinds
     assert all(difference(one, other) <= BOUND for one, other in zip(found, expected, strict=True))
     kept = [[block.calls for block in of.modules() if hasattr(block, "calls")] for of in (model, alone)]
     assert kept[0] == kept[1]
@@ -270,7 +270,7 @@ def test_ranks_meet_under_a_new_name_each_time_a_call_starts_again(monkeypatch):
     model, given = Model("view of a copy").requires_grad_(False), inputs()
     with simulate(2):
         parallel = parallelize(model, on_mesh(2))
-        for _ in range(2):  # each mistake ends after some retreats, all of which are forgotten
+        for _ in range(2):  # each mistake ends after some fallbacks, all of which are forgotten
             with pytest.raises(RuntimeError, match="size"):
                 parallel(given["hidden_states"], given["text"][..., 1:])
         parallel(**given)

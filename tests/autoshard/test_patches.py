@@ -220,7 +220,7 @@ def test_patches_of_others_are_what_they_are_on_one_device(ranks):
             assert removed <= 1e-6, key
             if key.endswith("True"):
                 assert told.startswith("Not captured: "), (key, told)
-                assert "has a forward of its own" in told or "runs whole" in told or "hooks" in told, (key, told)
+                assert "has a forward of its own" in told or "runs replicated" in told or "hooks" in told, (key, told)
 
 
 def test_a_patch_of_the_class_counts_before_and_after(ranks):

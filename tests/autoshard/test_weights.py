@@ -60,12 +60,12 @@ def replaced_inside(mesh: DeviceMesh) -> tuple[float, str]:
 
 
 def in_inference_mode(mesh: DeviceMesh) -> tuple[float, dict[str, str]]:
-    """The error of calls in inference mode, in which the weights were made as well, and what ran whole."""
+    """The error of calls in inference mode, in which the weights were made as well, and the replicated kinds."""
     with torch.inference_mode():
         model = Model().requires_grad_(False)
         expected = steps(model)
         (parallel,) = parallelize(model, mesh["cp"]).models.values()
-        return difference(steps(model), expected), parallel.whole
+        return difference(steps(model), expected), parallel.replicated_kinds
 
 
 def sharded(model: Model, mesh: DeviceMesh, root: bool = True, **options: Any) -> Model:
@@ -148,9 +148,9 @@ def test_a_tensor_that_is_replaced_inside_of_a_weight_is_seen(of_ranks):
 
 def test_inference_mode_is_no_reason_to_run_on_whole_tensors(of_ranks):
     for found in of_ranks:
-        error, whole = found["in inference mode"]
+        error, replicated = found["in inference mode"]
         assert error <= 1e-5
-        assert not whole
+        assert not replicated
 
 
 def test_shards_of_weights_are_gathered_as_ever_and_their_gradients_divided(of_ranks):

@@ -103,7 +103,8 @@ def of_diffusers(name: str, mesh: Any) -> tuple[float, float, dict, dict, dict]:
     """A model of diffusers on a mesh, twice.
 
     Returns:
-        its error, the share of its work on shards, calls in each block, traffic of the second call, what ran whole.
+        its error, the share of its work on shards, calls in each block, traffic of the second call, the kinds of
+        blocks that ran replicated.
     """
     model, arguments = TINY[name].build(), outside_made(name)
     with torch.no_grad():
@@ -116,7 +117,7 @@ def of_diffusers(name: str, mesh: Any) -> tuple[float, float, dict, dict, dict]:
     report = parallel.report()
     calls = {row["block"]: row["collectives"] for row in report.table()}
     error = max(difference(one, expected) for one in (first, second))
-    return error, report.sharded_share, calls, comms.as_dict(), report.whole
+    return error, report.sharded_share, calls, comms.as_dict(), report.replicated_kinds
 
 
 def many_of_diffusers() -> dict[str, tuple]:
@@ -132,8 +133,8 @@ def many_of_diffusers() -> dict[str, tuple]:
         "GlmImageTransformer2DModel",  # writes to slices
         "MochiTransformer3DModel",
     ):
-        error, share, calls, traffic, whole = of_diffusers(name, mesh)
-        results[name] = error, share, calls, all_gather_object(traffic), whole
+        error, share, calls, traffic, replicated = of_diffusers(name, mesh)
+        results[name] = error, share, calls, all_gather_object(traffic), replicated
     return results
 
 
@@ -143,7 +144,7 @@ def largest_gradient_error() -> float:
     one(**given).square().sum().backward()
     parallel = parallelize(other, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"])
     parallel(**given).square().sum().backward()
-    assert not parallel.whole
+    assert not parallel.replicated_kinds
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return max(all_gather_object(max(difference(found.grad, expected.grad) for expected, found in pairs)))
 

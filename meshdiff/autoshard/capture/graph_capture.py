@@ -104,7 +104,7 @@ class GraphCapture:
         self.module, self.mesh, self.name, self.backend = module, mesh, name, backend
         self._kinds = CallKinds(CaptureState)
         self._rejection = ""  # of the last call without a program
-        self._retreats = 0
+        self._fallbacks = 0
         self._guard: ModuleSnapshot | None = None  # of the model that was captured
 
     @property
@@ -249,8 +249,8 @@ class GraphCapture:
         Raises:
             RuntimeError: that names the reason, if they do not.
         """
-        self._retreats += 1
-        agree_on_fallback(self.mesh, f"{self.name}/capture/{self._retreats}", why, RuntimeError(why))
+        self._fallbacks += 1
+        agree_on_fallback(self.mesh, f"{self.name}/capture/{self._fallbacks}", why, RuntimeError(why))
 
     def _settle(self, kind: CaptureState, reason: str) -> bool:
         """True if these calls may have a program: no rank has a reason against it. A reason is kept; a collective."""

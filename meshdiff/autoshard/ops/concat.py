@@ -155,24 +155,24 @@ def _waiting(
 def _side_by_side(ctx: ShardingContext, tensor: Tensor, join: Join) -> Tensor:
     """This rank's rows of all parts of a join; from then on, they are taken from there."""
     dim = tensor.ndim + join.dim
-    whole = tuple(part.placements[0].is_replicate() for part in join.parts)
+    replicated = tuple(part.placements[0].is_replicate() for part in join.parts)
     own = [part.to_local() for part in join.parts]
-    rows = _lay(dim, join.sizes, whole, *place_on(ctx.mesh), *own)
+    rows = _lay(dim, join.sizes, replicated, *place_on(ctx.mesh), *own)
     if memory(rows)._cdata != memory(own[0])._cdata:
         ctx.lazy.redirect(tensor, _parts(ctx, rows, tensor.shape, tensor.stride(), dim, join.sizes))
     return rows
 
 
 @on_each_rank
-def _lay(dim: int, sizes: Sequence[int], whole: Sequence[bool], ranks: int, rank: int, *parts: Tensor) -> Tensor:
+def _lay(dim: int, sizes: Sequence[int], replicated: Sequence[bool], ranks: int, rank: int, *parts: Tensor) -> Tensor:
     """Rows of each part one after the other; a copy, unless that is how they lie already."""
-    if not any(whole) and (there := _adjoining(parts, dim)) is not None:
+    if not any(replicated) and (there := _adjoining(parts, dim)) is not None:
         return there
     ranges = [chunk_ranges(size, ranks)[rank] for size in sizes]
     return torch.cat(
         [
             part.narrow(dim, rows.start, len(rows)) if is_replicated else part
-            for part, rows, is_replicated in zip(parts, ranges, whole, strict=True)
+            for part, rows, is_replicated in zip(parts, ranges, replicated, strict=True)
         ],
         dim,
     )
@@ -270,7 +270,7 @@ def _goes_along(tensor: Tensor, join: Join) -> bool:
 
 def _joined_dim(rows: tuple[DTensor, ...], outline: Tensor, sizes: tuple[int, ...]) -> int | None:
     """The dim along which results of the parts are rows of the function's full result; None if they are not."""
-    if not all(isinstance(own, DTensor) for own in rows):  # it ran on whole tensors
+    if not all(isinstance(own, DTensor) for own in rows):  # it ran on replicated tensors
         return None
     dims = {own.placements[0].dim for own in rows if isinstance(own.placements[0], Shard)}
     if len(dims) != 1 or not all(own.placements[0].is_replicate() or sharded_dim(own) is not None for own in rows):
