@@ -20,7 +20,7 @@ from meshdiff.autoshard.dtensor_utils import (
     dtensors,
     is_sharded,
     map_dtensors,
-    settled,
+    summed,
     to_plain,
 )
 from meshdiff.autoshard.lazy import LazyReshards
@@ -40,12 +40,12 @@ class ShardingContext:
     Attributes:
         mesh: the 1-D mesh.
         aliases: where to note what shares memory on one device.
-        strategy: of mesh attention.
+        strategy: of mesh attention, a name in `STRATEGIES` or `auto`.
         unguarded: turns the safety mode off while what is done here runs on parts of tensors.
         op_cache: what DTensor has made of operations.
         lazy: what waits for rows.
         recorder: records what runs, on shards and on replicated tensors.
-        exchanging: how deep in a function that is done by a handler, on parts of tensors.
+        handler_depth: number of handlers that are running; their operations are not recorded.
     """
 
     mesh: DeviceMesh
@@ -55,7 +55,7 @@ class ShardingContext:
     op_cache: DispatchCache
     lazy: LazyReshards
     recorder: Recorder | None = None
-    exchanging: int = 0
+    handler_depth: int = 0
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function by DTensor's rules if they are known to be right, else on replicated tensors."""
@@ -74,11 +74,16 @@ class ShardingContext:
         return self.gathered(func, args, kwargs, why)
 
     def natively(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function by DTensor, or by the cache of what DTensor made of it.
+
+        Raises:
+            UnsupportedOnShards: for an operation that is not known to be right on shards.
+        """
         key = cache_key(func, args, kwargs) if traits_of(func).cacheable and self.does_again() else None
         if key is not None and (result := self.op_cache.get(key)) is not None:
             return result.replay(func, args, kwargs, self.unguarded)
         replicated = {name: all_replicated(kwargs[name], self.mesh) for name in kwargs}
-        made = map_dtensors(settled, func(*all_replicated(args, self.mesh), **replicated))
+        made = map_dtensors(summed, func(*all_replicated(args, self.mesh), **replicated))
         if key is not None:
             self.op_cache.insert(key, func, args, kwargs, made)
         return made

@@ -35,8 +35,16 @@ class UnsafeMutation(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Properties of an operation that decide if it may run on shards."""
+class OperationKind:
+    """Properties of an ATen operation that decide if it may run on shards.
+
+    Attributes:
+        name: without `aten::` and without the overload.
+        pointwise: torch tags it so: it goes element by element.
+        random: it draws random numbers.
+        view: its result may share memory with an operand to which it does not write.
+        written: the operands to which it writes, by place, or by name if they are keyword-only.
+    """
 
     name: str
     pointwise: bool
@@ -46,7 +54,7 @@ class Kind:
 
 
 @lru_cache(maxsize=4096)
-def kind_of(func: Any) -> Kind:
+def kind_of(func: Any) -> OperationKind:
     schema = func._schema
     written = [
         argument.name if argument.kwarg_only else place
@@ -54,7 +62,7 @@ def kind_of(func: Any) -> Kind:
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    return Kind(
+    return OperationKind(
         schema.name.removeprefix("aten::"),
         torch.Tag.pointwise in func.tags,
         torch.Tag.nondeterministic_seeded in func.tags,
@@ -151,7 +159,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(entry)
 
 
-def _is_known(kind: Kind, args: Any, kwargs: Any) -> bool:
+def _is_known(kind: OperationKind, args: Any, kwargs: Any) -> bool:
     tensors = [tensor for tensor in _tensors([*args, *kwargs.values()]) if isinstance(tensor, DTensor)]
     # Names in quotes are those of programs in tests/autoshard/test_dtensor_rules.py, see `op_traits`.
     partial = any(placement.is_partial() for tensor in tensors for placement in tensor.placements)

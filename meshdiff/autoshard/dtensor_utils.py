@@ -27,8 +27,8 @@ __all__ = [
     "once",
     "out_of_inference",
     "own_copy",
-    "settled",
     "sharded_dim",
+    "summed",
     "swapped",
     "to_plain",
     "to_shards",
@@ -131,7 +131,7 @@ def swapped(tensor: Tensor) -> DTensor:
     )
 
 
-def settled(tensor: DTensor) -> DTensor:
+def summed(tensor: DTensor) -> DTensor:
     """Sums that ranks hold the parts of are added up; other DTensors are as they are."""
     return tensor.redistribute(placements=[Replicate()]) if tensor.placements[0].is_partial() else tensor
 

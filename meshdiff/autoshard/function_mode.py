@@ -73,11 +73,11 @@ class ShardingMode(TorchFunctionMode):
         if handler is not None and _are_plainly_placed((args, kwargs)):
             if not traits.lazy_aware:
                 self.ctx.materialize(args, kwargs)
-            self.ctx.exchanging += 1
+            self.ctx.handler_depth += 1
             try:
                 result = handler(self.ctx, *args, **kwargs)
             finally:
-                self.ctx.exchanging -= 1
+                self.ctx.handler_depth -= 1
             if result is not NotImplemented:
                 if key is not None and traits.cached_handler:
                     self.ctx.op_cache.insert(key, func, args, kwargs, result)

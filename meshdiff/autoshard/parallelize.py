@@ -394,5 +394,5 @@ class _Run:
 
     def on_operation(self, func: Any, arguments: Any, result: Any) -> None:
         assert self.recorder is not None
-        if self.context is None or not self.context.exchanging:
+        if self.context is None or not self.context.handler_depth:
             self.recorder.on_operation(func, arguments, result)

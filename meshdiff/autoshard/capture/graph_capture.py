@@ -178,7 +178,7 @@ class GraphCapture:
         if kind.changes >= CHANGES:
             watch.note("the model is changed again and again")
         kind.was_watched = True
-        self._settle(kind, watch.found)
+        self._agree_on_rejection(kind, watch.found)
         return output
 
     def _capture(self, kind: CaptureState, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
@@ -205,7 +205,7 @@ class GraphCapture:
             self._agree(kind.rejection)
             return run(args, kwargs)
         note_output(watch, outputs[0])
-        if self._settle(kind, watch.found):
+        if not self._agree_on_rejection(kind, watch.found):
             with self._same_numbers():
                 graph = run_passes(graph, tensors, PASSES if self.backend is None else BACKEND_PASSES)
             flat, returned = tree_flatten(outputs[0])
@@ -235,7 +235,7 @@ class GraphCapture:
         kind.was_tried = all(all_gather_object(has_numbers(expected), self.mesh))
         if not kind.was_tried:
             self._rejection = "the model returns nothing but NaN and infinities, to which no program can be compared"
-        self._settle(kind, f"its program {reason}" if reason else "")
+        self._agree_on_rejection(kind, f"its program {reason}" if reason else "")
         return expected
 
     def _same_numbers(self) -> AbstractContextManager[None]:
@@ -252,13 +252,13 @@ class GraphCapture:
         self._fallbacks += 1
         agree_on_fallback(self.mesh, f"{self.name}/capture/{self._fallbacks}", why, RuntimeError(why))
 
-    def _settle(self, kind: CaptureState, reason: str) -> bool:
-        """True if these calls may have a program: no rank has a reason against it. A reason is kept; a collective."""
+    def _agree_on_rejection(self, kind: CaptureState, reason: str) -> bool:
+        """True if a rank has a reason against a graph of these calls, the first of which is kept; a collective."""
         reasons = [of_rank for of_rank in all_gather_object(reason, self.mesh) if of_rank]
         if reasons:
             kind.rejection = self._rejection = reasons[0]
             kind.program = None
-        return not reasons
+        return bool(reasons)
 
 
 def _otherwise(program: CapturedGraph, tensors: list[Tensor], expected: Any) -> str:

@@ -26,8 +26,8 @@ from meshdiff.attention.validation import is_checked
 from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.cfg.calls import (
     Call,
+    CallRecord,
     Failure,
-    Kind,
     Written,
     are_alike,
     batch_of,
@@ -85,7 +85,7 @@ class Guidance:
         """The reason why every rank does all calls from some time on, in their order; "" if they are divided."""
         self.undivided = ""
         """The same of the last call alone."""
-        self._kinds: dict[CallKey, Kind] = {}
+        self._records: dict[CallKey, CallRecord] = {}
         self._pending: list[Call] = []
         self._state: ModuleSnapshot | None = None  # of the model, as it was seen last
         self._changes = self._failures = self._number = 0
@@ -103,41 +103,42 @@ class Guidance:
         self.undivided = why_undivided(self.module, args, kwargs)
         if self.undivided:
             self._run()
-        kind = self._kind(args, kwargs)
+        record = self._record(args, kwargs)
         self._number += 1
-        if is_checked() or kind.calls == 1:
+        if is_checked() or record.calls == 1:
             check_alike(self.mesh, self.module, (args, kwargs))
-        elif is_due(kind.calls):
+        elif is_due(record.calls):
             check_inputs(self.mesh, self.module, (args, kwargs), f"{self._name}/{next(self._checks)}")
         if self.fallback or self.undivided:
             return inner(*args, **kwargs)
-        if kind.form is None or (kind.on_rows and (self._has_changed(kind) or has_other_rows(kind, args, kwargs))):
+        again = record.on_rows and (self._has_changed(record) or has_other_rows(record, args, kwargs))
+        if record.form is None or again:
             self._run()
-            return self._try(kind, inner, args, kwargs)
-        call = Call(inner, (args, kwargs), kind, GradState.capture(self.mesh.device_type))
-        if kind.on_rows and batch_of(args, kwargs) > 1:
+            return self._try(record, inner, args, kwargs)
+        call = Call(inner, (args, kwargs), record, GradState.capture(self.mesh.device_type))
+        if record.on_rows and batch_of(args, kwargs) > 1:
             self._run()
             return self._on_rows(call)
         return self._defer(call)
 
-    def _kind(self, args: Any, kwargs: Any) -> Kind:
+    def _record(self, args: Any, kwargs: Any) -> CallRecord:
         key = call_key(self.module, args, kwargs, self.mesh.device_type)
-        kind = self._kinds.pop(key, None) or Kind()
-        self._kinds[key] = kind  # the latest is the last
-        if len(self._kinds) > KINDS:
-            del self._kinds[next(iter(self._kinds))]
-        kind.calls += 1
-        return kind
+        record = self._records.pop(key, None) or CallRecord()
+        self._records[key] = record  # the latest is the last
+        if len(self._records) > KINDS:
+            del self._records[next(iter(self._records))]
+        record.calls += 1
+        return record
 
-    def _has_changed(self, kind: Kind) -> bool:
+    def _has_changed(self, record: CallRecord) -> bool:
         """True if the model has changed since rows were last compared with the full batch; counts the changes."""
         now = self._now()
-        what = "" if kind.seen is None else kind.seen.diff(now, drawn=False)
-        kind.seen = now
+        what = "" if record.seen is None else record.seen.diff(now, drawn=False)
+        record.seen = now
         if not what:
             return False
-        kind.retries += 1
-        if kind.retries == RETRIES:
+        record.retries += 1
+        if record.retries == RETRIES:
             self._fall_back(f"is changed from step to step ({what})")
         return True
 
@@ -158,7 +159,7 @@ class Guidance:
 
     # The first calls of a kind, on all ranks in their order.
 
-    def _try(self, kind: Kind, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _try(self, record: CallRecord, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         before, given = self._now(), Written((args, kwargs), by_value=True)
         output, error = None, None
         try:
@@ -180,12 +181,12 @@ class Guidance:
         what = next((of_rank[1] for of_rank in told if of_rank[1]), "")
         if any(of_rank[3] for of_rank in told):
             self._fall_back("writes to what it is given")
-        elif what and not (all(of_rank[2] for of_rank in told) and kind.grew < GROWS):
+        elif what and not (all(of_rank[2] for of_rank in told) and record.grew < GROWS):
             self._fall_back(f"keeps something from one call to the next ({what})")
         elif what:
-            kind.grew += 1
+            record.grew += 1
         else:
-            return self._settle(kind, inner, args, kwargs, output)
+            return self._divide_later(record, inner, args, kwargs, output)
         return output
 
     def _of_other_rank(self, reasons: Sequence[str]) -> RuntimeError | None:
@@ -196,7 +197,7 @@ class Guidance:
                 return RuntimeError(f"{model} raised on rank {rank} of this mesh and not on all: {reason}")
         return None
 
-    def _settle(self, kind: Kind, inner: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> Any:
+    def _divide_later(self, record: CallRecord, inner: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> Any:
         """Let ranks divide further calls of a kind, one of which has left the model as it was.
 
         Returns:
@@ -208,14 +209,14 @@ class Guidance:
             return output
         if batch_of(args, kwargs) > 1 and not has_numbers(output):
             return output  # with which nothing can be compared
-        kind.form, kind.on_rows = form, False
+        record.form, record.on_rows = form, False
         if batch_of(args, kwargs) > 1:
-            call = Call(inner, (args, kwargs), kind, GradState.capture(self.mesh.device_type))
+            call = Call(inner, (args, kwargs), record, GradState.capture(self.mesh.device_type))
             found, reason = try_rows(self.module, call, output, self.mesh, self._number)
             if reason:
                 what = f"the {call.batch} rows of a batch apart from each other ({reason})"
                 self._warn(f"does not do {what}; every rank of cfg does all of them")
-            kind.on_rows, kind.seen, kind.alike = not reason, self._now(), alike_rows(args, kwargs)
+            record.on_rows, record.seen, record.alike = not reason, self._now(), alike_rows(args, kwargs)
             return output if reason else found
         return output
 

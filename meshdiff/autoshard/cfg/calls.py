@@ -22,8 +22,8 @@ from meshdiff.distributed.torch_compat import tree_flatten, tree_leaves, tree_ma
 
 __all__ = [
     "Call",
+    "CallRecord",
     "Failure",
-    "Kind",
     "Written",
     "are_alike",
     "batch_of",
@@ -38,8 +38,8 @@ PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass
-class Kind:
-    """Calls of alike arguments.
+class CallRecord:
+    """A record of the calls of one plain call key.
 
     Attributes:
         calls: number of calls so far.
@@ -66,7 +66,7 @@ class Call:
 
     inner: Callable[..., Any]
     given: tuple[Any, Any]
-    kind: Kind
+    record: CallRecord
     grad_state: GradState
     surroundings: Surroundings = field(default_factory=Surroundings)
     own: tuple[Any, Any] = field(init=False)
@@ -93,8 +93,8 @@ class Call:
     @property
     def form(self) -> OutputForm:
         """Of what it is to return."""
-        assert self.kind.form is not None
-        return self.kind.form
+        assert self.record.form is not None
+        return self.record.form
 
     @property
     def device(self) -> torch.device:
@@ -242,11 +242,11 @@ def are_alike(module: nn.Module, calls: list[Call]) -> bool:
     devices = {call.form.device for call in calls}
     if len(dtypes) != 1 or len(devices) != 1:
         return False
-    kinds = [
+    settings = [
         (call_key(module, *call.own, call.device.type, exact=True), call.grad_state, call.surroundings)
         for call in calls
     ]
-    return not is_simulated() or all(kind == kinds[0] for kind in kinds)
+    return not is_simulated() or all(one == settings[0] for one in settings)
 
 
 @on_each_rank

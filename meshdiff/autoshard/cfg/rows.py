@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.problem import chunk_ranges
-from meshdiff.autoshard.cfg.calls import Call, Kind, batch_of, others_can_hear
+from meshdiff.autoshard.cfg.calls import Call, CallRecord, batch_of, others_can_hear
 from meshdiff.autoshard.cfg.deferred import OutputForm
 from meshdiff.autoshard.cfg.exchange import Form, exchange, fits
 from meshdiff.autoshard.fallback import one_line
@@ -53,9 +53,9 @@ def alike_rows(args: Any, kwargs: Any, among: frozenset[int] | None = None) -> f
     return frozenset(found)
 
 
-def has_other_rows(kind: Kind, args: Any, kwargs: Any) -> bool:
+def has_other_rows(record: CallRecord, args: Any, kwargs: Any) -> bool:
     """True if a call has tensors of several rows where those were all the same when rows were tried."""
-    return bool(kind.alike) and alike_rows(args, kwargs, kind.alike) != kind.alike
+    return bool(record.alike) and alike_rows(args, kwargs, record.alike) != record.alike
 
 
 def row_forms(call: Call, mesh: DeviceMesh) -> list[list[Form]]:
