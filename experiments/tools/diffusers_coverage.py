@@ -43,12 +43,12 @@ and that takes tokens, in a tiny size
 the ranks do not divide wherever the class allows it, on processes of one machine. The error is relative to the
 untouched model on one device, in L2 norm; FLOPs, attention and collectives are of the largest number of ranks, in a
 call of its own shapes. Each is called {calls} times, with other values; "captured" has how many operations the
-program has as which the last calls of a rank run (`capture=True`), or why there is none. "Gathered" names the lines
+graph has as which the last calls of a rank run (`capture=True`), or why there is none. "Gathered" names the lines
 of code in blocks that needed replicated tensors. An all-gather in `scaled_dot_product_attention` is the `gather`
 strategy, which sends least where one head of key and value is for many of query.
 """
 CALLS = 7
-"""One or two find out what runs how, then one is watched, one captured, one tried, and the last runs as a program."""
+"""One or two find out what runs how, then one is watched, one captured, one tried, and the last runs as a graph."""
 SECONDS = 60
 """That a rank waits for others before it gives up."""
 
@@ -84,7 +84,7 @@ class Found:
 
     @property
     def is_captured(self) -> bool:
-        """True if its last call ran as a program."""
+        """True if its last call ran as a graph."""
         return self.captured.startswith("Captured")
 
     @property

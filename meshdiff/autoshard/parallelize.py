@@ -78,7 +78,7 @@ def parallelize(
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call for each set of shapes with the untouched
             model's, on every rank, and raise if they differ.
-        capture: run calls that have settled, under `torch.no_grad()`, as programs:
+        capture: run calls that have settled, under `torch.no_grad()`, as graphs:
             the operations and collectives of one rank, without the Python that
             led there, see `meshdiff.autoshard.capture.graph_capture`. True runs them as they
             are; a function of a `torch.fx.GraphModule` makes of it what is run,
@@ -86,12 +86,12 @@ def parallelize(
             attributes and the globals that it names (a clock, a file) stays as it was.
 
     Returns:
-        A handle: `report()` describes the last new call, `programs` has what
+        A handle: `report()` describes the last new call, `graphs` has what
         was captured, `remove()` takes the module off the mesh again.
 
     Raises:
         ValueError: for a mesh with more than one dim, a compiled module, blocks that do not exist, or
-            `capture` in a simulation, where one program would have to be every rank's.
+            `capture` in a simulation, where one graph would have to be every rank's.
     """
     return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify, capture=capture)
 
@@ -121,7 +121,7 @@ class Parallelized:
             if missing:
                 raise ValueError(f"blocks={missing} are no submodules of {type(module).__name__}")
         if capture and holds_all_ranks():
-            raise ValueError("capture=True takes real ranks: in a simulation one program would have to be every rank's")
+            raise ValueError("capture=True takes real ranks: in a simulation one graph would have to be every rank's")
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.replicated_kinds: dict[str, str] = {}
@@ -165,9 +165,9 @@ class Parallelized:
         return replace(self._report, captured=self.captured)
 
     @property
-    def programs(self) -> list[GraphModule]:
+    def graphs(self) -> list[GraphModule]:
         """Graphs that run on this rank instead of the model, one for each kind of call; `print(graph.code)`."""
-        return [] if self._captures is None else [program.graph for program in self._captures.programs]
+        return [] if self._captures is None else [graph.module for graph in self._captures.graphs]
 
     @property
     def captured(self) -> str:

@@ -85,7 +85,7 @@ def parallelize(
         mesh: `mesh["cp"]`, `mesh["cfg"]` or the 2-D `(cfg, cp)` mesh.
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call with that of the original model; see `meshdiff.parallelize`.
-        capture: run calls that have settled as programs, without the model's Python; see `meshdiff.parallelize`.
+        capture: run calls that have settled as graphs, without the model's Python; see `meshdiff.parallelize`.
 
     Raises:
         ValueError: for a pipeline without transformer, or another mesh.

@@ -172,7 +172,7 @@ class DiffusersRun:
         mesh: from `init_mesh`; of one with replicas, this rank's takes part.
         dtype: of weights and activations.
         strategy: of mesh attention.
-        capture: run settled calls of the transformers as programs; see `meshdiff.parallelize`.
+        capture: run settled calls of the transformers as graphs; see `meshdiff.parallelize`.
     """
 
     def __init__(

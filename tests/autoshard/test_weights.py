@@ -17,7 +17,7 @@ from meshdiff.autoshard.numerics import difference
 from meshdiff.integrations.diffusers import parallelize
 
 STEPS = 5
-"""A call that finds out, one that is watched, one captured, one tried, one by its program."""
+"""A call that finds out, one that is watched, one captured, one tried, one by its graph."""
 
 
 def steps(model: Model) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ __all__ = ["KINDS", "CallKinds", "NotCaptured"]
 KINDS = 16
 """Kinds of calls of one model that are kept."""
 PAYS = 8
-"""Number of runs of a program, before its kind is let go, below which it took longer to make than it has saved."""
+"""Number of runs of a graph, before its kind is let go, below which it took longer to make than it has saved."""
 TOO_SOON = 4
 """Kinds in a row that are let go before that; then no other kinds are begun for a while."""
 PAUSE = 256
@@ -22,14 +22,14 @@ PAUSE = 256
 
 
 class NotCaptured(Exception):
-    """This call has no program, for this reason."""
+    """This call has no graph, for this reason."""
 
 
 class HasRuns(Protocol):
     """State that is kept for a kind of calls."""
 
     runs: int
-    """Number of times its program has run."""
+    """Number of times its graph has run."""
 
 
 K = TypeVar("K", bound=HasRuns)
@@ -39,7 +39,7 @@ K = TypeVar("K", bound=HasRuns)
 class CallKinds(Generic[K]):
     """State that is kept for each kind of calls, for at most `KINDS` of them, the one used last at the end.
 
-    All that it decides follows from the kinds of the calls so far, in their order, and from how often programs have
+    All that it decides follows from the kinds of the calls so far, in their order, and from how often graphs have
     run: ranks that are called alike keep the same.
 
     Attributes:
@@ -72,7 +72,7 @@ class CallKinds(Generic[K]):
             return self._kept[key]
         if self._calls < self._paused_until:
             raise NotCaptured(
-                f"kinds of calls change before a program has run {PAYS} times; is it given a number that changes?"
+                f"kinds of calls change before a graph has run {PAYS} times; is it given a number that changes?"
             )
         if len(self._kept) == KINDS:
             self._let_go_of_one()

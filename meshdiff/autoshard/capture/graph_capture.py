@@ -1,19 +1,19 @@
-"""Calls that have settled, as programs: what a rank computes and sends, without the Python that led there.
+"""Calls that have settled, as graphs: what a rank computes and sends, without the Python that led there.
 
 The Python of a model, and what stands around each torch function to keep it on
-shards, take as long in every call and come to the same operations. A program
-is these operations, on the plain tensors of one rank, collectives included, as
+shards, take as long in every call and come to the same operations. A graph is
+these operations, on the plain tensors of one rank, collectives included, as
 torch's `make_fx` notes them while the model runs: an `fx` graph, to be run, read
 or compiled. Weights are in it by which tensors they are, not by value.
 
 Whatever else a model's Python does is not done again. So a call is watched once
-(`purity`): it has no program if it reads values of tensors, writes to what it has
+(`purity`): it has no graph if it reads values of tensors, writes to what it has
 not made, changes the model, or calls hooks. It is captured the next time, and
-the program is tried in the call after that, beside the model. From then on it
+the graph is tried in the call after that, beside the model. From then on it
 runs for calls like that one (`call_key`), as long as the model is what it was
 (`snapshot`, by its policy `GUARD`). All else runs without. To capture and to try
 takes three calls more, once: what these compute and send is thrown away. The
-programs of the kinds of calls that were used last are kept (`call_kinds`).
+graphs of the kinds of calls that were used last are kept (`call_kinds`).
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class CapturedGraph:
     """The operations and collectives of one rank in calls of one kind.
 
     Attributes:
-        graph: takes the tensors of a call, returns those of its output.
-        run: what was made of the graph.
+        module: the `fx` graph; takes the tensors of a call, returns those of its output.
+        run: what the backend made of it; the module itself without a backend.
         structure, leaves: of the model's output; in the place of each tensor, `Tensor`.
-        note: why the graph itself is run, if something else was made of it.
+        note: why the module itself is run, if a backend has made something else of it.
     """
 
-    graph: GraphModule
+    module: GraphModule
     run: Callable[..., Any]
     structure: TreeSpec
     leaves: tuple[Any, ...]
@@ -73,7 +73,7 @@ class CapturedGraph:
     @property
     def size(self) -> int:
         """Number of operations."""
-        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+        return sum(node.op == "call_function" for node in self.module.graph.nodes)
 
 
 @dataclass
@@ -81,17 +81,17 @@ class CaptureState:
     """Calls that are alike, and how far they have come."""
 
     was_watched: bool = False
-    program: CapturedGraph | None = None
+    graph: CapturedGraph | None = None
     was_tried: bool = False
     changes: int = 0
     runs: int = 0
-    """Number of times its program has run instead of the model."""
+    """Number of times its graph has run instead of the model."""
     rejection: str = ""
-    """The reason why there will be no program; "" if there may be one."""
+    """The reason why there will be no graph; "" if there may be one."""
 
 
 class GraphCapture:
-    """The programs of one model on one mesh.
+    """The graphs of one model on one mesh.
 
     Args:
         module: the model.
@@ -103,31 +103,31 @@ class GraphCapture:
     def __init__(self, module: nn.Module, mesh: DeviceMesh, name: str, backend: Backend | None) -> None:
         self.module, self.mesh, self.name, self.backend = module, mesh, name, backend
         self._kinds = CallKinds(CaptureState)
-        self._rejection = ""  # of the last call without a program
+        self._rejection = ""  # of the last call without a graph
         self._fallbacks = 0
         self._guard: ModuleSnapshot | None = None  # of the model that was captured
 
     @property
-    def programs(self) -> list[CapturedGraph]:
-        """The programs that run instead of the model."""
-        return [kind.program for kind in self._kinds if kind.program is not None and kind.was_tried]
+    def graphs(self) -> list[CapturedGraph]:
+        """The graphs that run instead of the model."""
+        return [kind.graph for kind in self._kinds if kind.graph is not None and kind.was_tried]
 
     def __str__(self) -> str:
-        if self.programs:
-            sizes = sorted({program.size for program in self.programs})
+        if self.graphs:
+            sizes = sorted({graph.size for graph in self.graphs})
             size = " and ".join(f"{size:,}" for size in sizes) if len(sizes) < 4 else f"{sizes[0]:,} to {sizes[-1]:,}"
-            number = f" in {len(self.programs)} programs" if len(self.programs) > 1 else ""
-            notes = sorted({program.note for program in self.programs if program.note})
+            number = f" in {len(self.graphs)} graphs" if len(self.graphs) > 1 else ""
+            notes = sorted({graph.note for graph in self.graphs if graph.note})
             if self._kinds.let_go:
                 notes.append(
-                    f"of {self._kinds.let_go:,} kinds of calls the programs were let go, for {KINDS} are kept, those "
+                    f"of {self._kinds.let_go:,} kinds of calls the graphs were let go, for {KINDS} are kept, those "
                     f"used last; let go last: for inputs of {self._kinds.last or 'no shape'}"
                 )
             return "; ".join([f"Captured: {size} operations a call{number}, without the Python around them", *notes])
         return f"Not captured: {self._rejection or 'it has not been called often enough'}"
 
     def call(self, run: Run, args: Any, kwargs: Any) -> Any:
-        """The output of the model, by its program if there is one, else by `run`, which calls the model on the mesh."""
+        """The output of the model, by its graph if there is one, else by `run`, which calls the model on the mesh."""
         key = call_key(self.module, args, kwargs, self.mesh.device_type, exact=True)
         try:
             kind = self._kind(key)
@@ -139,17 +139,17 @@ class GraphCapture:
         what = self._changed() if kind.was_watched else ""
         if what:
             self._agree(f"{type(self.module).__name__} was changed: {what}")
-            self._kinds.replace(lambda one: one if one.program is None else CaptureState(changes=one.changes + 1))
+            self._kinds.replace(lambda one: one if one.graph is None else CaptureState(changes=one.changes + 1))
             kind = self._kinds.use(key)
         if not kind.was_watched:
             return self._watch(kind, run, args, kwargs)
         tensors = list({id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}.values())
-        if kind.program is None:
+        if kind.graph is None:
             return self._capture(kind, run, args, kwargs, tensors)
         if not kind.was_tried:
-            return self._try(kind, kind.program, run, args, kwargs, tensors)
+            return self._try(kind, kind.graph, run, args, kwargs, tensors)
         kind.runs += 1
-        return kind.program(tensors)
+        return kind.graph(tensors)
 
     def _kind(self, key: CallKey) -> CaptureState:
         settings = key.grad_state
@@ -163,14 +163,14 @@ class GraphCapture:
         return kind
 
     def _changed(self) -> str:
-        """The name of something of the model that is another one than in the programs; "" if nothing is."""
+        """The name of something of the model that is another one than in the graphs; "" if nothing is."""
         if self._guard is None:
             return ""
         before, self._guard = self._guard, self._guard.retake()
         return before.diff(self._guard)
 
     def _watch(self, kind: CaptureState, run: Run, args: Any, kwargs: Any) -> Any:
-        """A call as it always is, in which we see whether it does something that a program would miss."""
+        """A call as it always is, in which we see whether it does something that a graph would miss."""
         self._agree("a call is new on this rank: of other shapes, strides or arguments, or of a model that was changed")
         with watching(self.module, (args, kwargs)) as watch:
             output = run(args, kwargs)
@@ -186,7 +186,7 @@ class GraphCapture:
         leaves, structure = tree_flatten((args, kwargs))
         outputs: list[Any] = []
 
-        def program(*own: Tensor) -> list[Tensor]:
+        def traced(*own: Tensor) -> list[Tensor]:
             given = {id(tensor): alias for tensor, alias in zip(tensors, own, strict=True)}
             args, kwargs = tree_unflatten([given.get(id(leaf), leaf) for leaf in leaves], structure)
             outputs.append(run(args, kwargs))
@@ -196,7 +196,7 @@ class GraphCapture:
         try:
             with watching(self.module, (args, kwargs)) as watch:
                 # AliasTracker, or a weight that is given as well would be an input where it is a weight.
-                graph = make_fx(program)(*(tensor.detach() for tensor in tensors))
+                module = make_fx(traced)(*(tensor.detach() for tensor in tensors))
         except Exception as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error):
                 raise
@@ -207,11 +207,11 @@ class GraphCapture:
         note_output(watch, outputs[0])
         if not self._agree_on_rejection(kind, watch.found):
             with self._same_numbers():
-                graph = run_passes(graph, tensors, PASSES if self.backend is None else BACKEND_PASSES)
+                module = run_passes(module, tensors, PASSES if self.backend is None else BACKEND_PASSES)
             flat, returned = tree_flatten(outputs[0])
-            kind.program = CapturedGraph(
-                graph,
-                graph if self.backend is None else self.backend(graph),
+            kind.graph = CapturedGraph(
+                module,
+                module if self.backend is None else self.backend(module),
                 returned,
                 tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in flat),
             )
@@ -219,23 +219,21 @@ class GraphCapture:
         return outputs[0]
 
     def _try(
-        self, kind: CaptureState, program: CapturedGraph, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]
+        self, kind: CaptureState, graph: CapturedGraph, run: Run, args: Any, kwargs: Any, tensors: list[Tensor]
     ) -> Any:
-        """A call by the model and by its program, with other inputs than those that it was captured with."""
+        """A call by the model and by its graph, with other inputs than those that it was captured with."""
         with self._same_numbers():
             expected = run(args, kwargs)
-        reason = _otherwise(program, tensors, expected)
-        if program.run is not program.graph:
+        reason = _otherwise(graph, tensors, expected)
+        if graph.run is not graph.module:
             reasons = [of_rank for of_rank in all_gather_object(reason, self.mesh) if of_rank]
             if reasons:
-                kind.program = replace(
-                    program, run=program.graph, note=f"uncompiled, as the compiled graph {reasons[0]}"
-                )
-                reason = _otherwise(kind.program, tensors, expected)
+                kind.graph = replace(graph, run=graph.module, note=f"uncompiled, as the compiled graph {reasons[0]}")
+                reason = _otherwise(kind.graph, tensors, expected)
         kind.was_tried = all(all_gather_object(has_numbers(expected), self.mesh))
         if not kind.was_tried:
-            self._rejection = "the model returns nothing but NaN and infinities, to which no program can be compared"
-        self._agree_on_rejection(kind, f"its program {reason}" if reason else "")
+            self._rejection = "the model returns nothing but NaN and infinities, to which no graph can be compared"
+        self._agree_on_rejection(kind, f"its graph {reason}" if reason else "")
         return expected
 
     def _same_numbers(self) -> AbstractContextManager[None]:
@@ -257,14 +255,14 @@ class GraphCapture:
         reasons = [of_rank for of_rank in all_gather_object(reason, self.mesh) if of_rank]
         if reasons:
             kind.rejection = self._rejection = reasons[0]
-            kind.program = None
+            kind.graph = None
         return bool(reasons)
 
 
-def _otherwise(program: CapturedGraph, tensors: list[Tensor], expected: Any) -> str:
-    """The difference between a program and the model, in words; "" if there is none."""
+def _otherwise(graph: CapturedGraph, tensors: list[Tensor], expected: Any) -> str:
+    """The difference between a graph and the model, in words; "" if there is none."""
     try:
-        output = program(tensors)
+        output = graph(tensors)
     except Exception as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or is_collective_error(error):
             raise

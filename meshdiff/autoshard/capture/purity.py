@@ -1,4 +1,4 @@
-"""Effects of a call other than operations on tensors, which a program of these operations would miss."""
+"""Effects of a call other than operations on tensors, which a graph of these operations would miss."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def watching(module: nn.Module, arguments: Any) -> Iterator[Watch]:
 
 
 def note_output(watch: Watch, output: Any) -> None:
-    """Note a part of an output that a program could not return."""
+    """Note a part of an output that a graph could not return."""
     for leaf in tree_leaves(output):
         if type(leaf) not in PLAIN_TENSORS and type(leaf) not in SMALL:
             watch.note(f"it returns a {type(leaf).__name__}, which may hold anything")

@@ -78,11 +78,11 @@ SHAPES, STEPS = 7, 7
 
 @torch.no_grad()
 def of_many_shapes() -> tuple[float, int, int, int, str, int]:
-    """Of a model that is called with more shapes than are kept: the error, programs that live, runs of its Python."""
+    """Of a model that is called with more shapes than are kept: the error, graphs that live, runs of its Python."""
     call_kinds.KINDS, call_kinds.PAYS = 3, 2
     alone, model = Model(nothing), Model(nothing)
     parallel = parallelize(model, init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"], capture=True)
-    graphs: dict[int, weakref.ref] = {}
+    seen: dict[int, weakref.ref] = {}
     error, RAN.get().times, runs = 0.0, 0, 0
     generator = torch.Generator().manual_seed(1)
     for shape in [*range(SHAPES), 0]:
@@ -90,26 +90,26 @@ def of_many_shapes() -> tuple[float, int, int, int, str, int]:
             hidden = torch.randn(2, 7 + shape, CHANNELS, generator=generator)
             error = max(error, difference(model(hidden)["sample"], alone(hidden)["sample"]))
             runs += 1  # of the model that is alone
-        graphs |= {id(graph): weakref.ref(graph) for graph in parallel.programs}
+        seen |= {id(graph): weakref.ref(graph) for graph in parallel.graphs}
     gc.collect()
-    alive = sum(graph() is not None for graph in graphs.values())
+    alive = sum(graph() is not None for graph in seen.values())
     shadows = sum(issubclass(type(one), torch._subclasses.FakeTensor) for one in gc.get_objects())
-    return error, len(parallel.programs), alive, RAN.get().times - runs, parallel.captured, shadows
+    return error, len(parallel.graphs), alive, RAN.get().times - runs, parallel.captured, shadows
 
 
 @pytest.mark.parametrize("ranks", [2])
 def test_a_new_shape_is_captured_and_the_one_used_longest_ago_let_go(ranks, tmp_path):
-    for error, programs, alive, runs, told, shadows in run_on_every_rank(of_many_shapes, ranks, tmp_path):
+    for error, graphs, alive, runs, told, shadows in run_on_every_rank(of_many_shapes, ranks, tmp_path):
         assert error <= 1e-5
-        assert (programs, alive) == (3, 3)
+        assert (graphs, alive) == (3, 3)
         # Each shape is found out, watched, captured and tried; the first again, but for what was found out.
         assert runs == 4 * SHAPES + 3
-        assert f"of {SHAPES + 1 - 3} kinds of calls the programs were let go" in told
+        assert f"of {SHAPES + 1 - 3} kinds of calls the graphs were let go" in told
         assert f"let go last: for inputs of (2, {7 + SHAPES - 3}, {CHANNELS})" in told
         assert not shadows  # tracing leaves a tensor for every operation
 
 
-def test_a_simulation_has_no_programs():
+def test_a_simulation_has_no_graphs():
     with simulate(2), pytest.raises(ValueError, match="capture=True takes real ranks"):
         parallelize(Model(nothing), init_mesh(Layout(cp=2), "cpu")["cp"], capture=True)
 

@@ -1,4 +1,4 @@
-"""Calls that run as captured programs: the outputs of the model, whatever its Python does, or no program, and why."""
+"""Calls that run as captured graphs: the outputs of the model, whatever its Python does, or no graph, and why."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ class Case:
 
     Attributes:
         runs: how often the Python of the captured model runs; None for each time.
-        programs: how many there are in the end.
+        graphs: how many there are in the end.
         told: words of what the report says.
         before: what is done to the model before it is put on the mesh.
     """
@@ -261,7 +261,7 @@ class Case:
     steps: list[Callable[[nn.Module], Any]]
     outside: Callable[[nn.Module, Tensor], Any] = nothing
     runs: int | None = None
-    programs: int = 0
+    graphs: int = 0
     told: str = "Not captured"
     before: Callable[[nn.Module], Any] = nn.Module.eval
 
@@ -269,33 +269,31 @@ class Case:
 MANY = [call(i) for i in range(7)]
 CASES = {
     # One call finds out, one is watched, one captured, one tried.
-    "captured": Case(MANY, runs=4, programs=1, told="operations a call, without the Python around them"),
-    "by number": Case(MANY, by_number, runs=4, programs=1, told="Captured"),
+    "captured": Case(MANY, runs=4, graphs=1, told="operations a call, without the Python around them"),
+    "by number": Case(MANY, by_number, runs=4, graphs=1, told="Captured"),
     "chance": Case(MANY, chance, told="gives something else"),  # the seed is set by Python, and not again
-    "numbers as arguments": Case(
-        [call(i, by=float(1 + i % 2)) for i in range(14)], runs=7, programs=2, told="Captured"
-    ),
+    "numbers as arguments": Case([call(i, by=float(1 + i % 2)) for i in range(14)], runs=7, graphs=2, told="Captured"),
     "numbers of every call": Case([call(i, by=float(i)) for i in range(24)], told="is it given a number that changes"),
     "other operands": Case(
         [*[call(i, other=CALLS[3]) for i in range(6)], given_a_weight, given_twice] * 2 + MANY,
         runs=4 + 4 + 2 * 2,
-        programs=2,
+        graphs=2,
         told="Captured",
     ),
-    "weights that are written": Case([*MANY, change(write_weight), *MANY], runs=4, programs=1, told="Captured"),
-    "data that is replaced": Case([*MANY, change(replace_data), *MANY], runs=4, programs=1, told="Captured"),
-    "weights that are replaced": Case([*MANY, change(replace_weight), *MANY], runs=7, programs=1, told="Captured"),
-    "settings": Case([*MANY, change(set_factor), *MANY], runs=7, programs=1, told="Captured"),
+    "weights that are written": Case([*MANY, change(write_weight), *MANY], runs=4, graphs=1, told="Captured"),
+    "data that is replaced": Case([*MANY, change(replace_data), *MANY], runs=4, graphs=1, told="Captured"),
+    "weights that are replaced": Case([*MANY, change(replace_weight), *MANY], runs=7, graphs=1, told="Captured"),
+    "settings": Case([*MANY, change(set_factor), *MANY], runs=7, graphs=1, told="Captured"),
     "settings of every call": Case([step for one in MANY * 3 for step in (one, change(set_factor))], told="again and"),
-    "gradients in between": Case([*MANY, with_gradients, with_autocast, *MANY], runs=6, programs=1, told="Captured"),
+    "gradients in between": Case([*MANY, with_gradients, with_autocast, *MANY], runs=6, graphs=1, told="Captured"),
     "a hook": Case([change(hook), *MANY], told="attn_in has hooks"),
     "a hook from some call on": Case([*MANY, change(hook), *MANY], runs=11, told="attn_in has hooks"),
     "a hook on one rank": Case([change(hook_on_one_rank), *MANY], told="attn_in has hooks"),
     "a forward": Case([change(forward_of_its_own), *MANY], told="attn_in has a forward of its own"),
     "an item": Case(MANY, item, told="item (test_graph_capture.py:"),
     "a choice": Case(MANY, choice, told="depends on values of a tensor"),
-    "NaN in places": Case(MANY, nan_in_places, runs=4, programs=1, told="Captured"),
-    "NaN": Case(MANY, lambda model, tokens: float("nan"), told="nothing but NaN and infinities, to which no program"),
+    "NaN in places": Case(MANY, nan_in_places, runs=4, graphs=1, told="Captured"),
+    "NaN": Case(MANY, lambda model, tokens: float("nan"), told="nothing but NaN and infinities, to which no graph"),
     "a list": Case(MANY, numbers, told="tolist (test_graph_capture.py:"),
     "an array": Case(MANY, array, told="numpy (test_graph_capture.py:"),
     "a tensor of tensors": Case(MANY, tensor_of_tensors, told="tensor (test_graph_capture.py:"),
@@ -304,24 +302,22 @@ CASES = {
     "state": Case(MANY, state, told="it changes last"),
     "a weight that it writes": Case(MANY, buffer, told="writes to what it has not made"),
     "an input that it writes": Case(MANY, input_, told="writes to what it has not made"),
-    "random numbers": Case(MANY, unseeded, runs=4, programs=1, told="Captured"),
-    "deep inside": Case([*MANY, change(set_deep_inside), *MANY], helper, runs=7, programs=1, told="Captured"),
+    "random numbers": Case(MANY, unseeded, runs=4, graphs=1, told="Captured"),
+    "deep inside": Case([*MANY, change(set_deep_inside), *MANY], helper, runs=7, graphs=1, told="Captured"),
     "a number elsewhere": Case(
-        [*MANY, change(set_number_elsewhere), *MANY], a_number_elsewhere, runs=7, programs=1, told="Captured"
+        [*MANY, change(set_number_elsewhere), *MANY], a_number_elsewhere, runs=7, graphs=1, told="Captured"
     ),
-    "what a function encloses": Case(
-        [*MANY, change(set_enclosed), *MANY], enclosed, runs=7, programs=1, told="Captured"
-    ),
-    "another layout": Case([*MANY, change(lay_out_otherwise), *MANY], runs=7, programs=1, told="Captured"),
-    "another class": Case([*MANY, change(as_another_class), *MANY], runs=7, programs=1, told="Captured"),
+    "what a function encloses": Case([*MANY, change(set_enclosed), *MANY], enclosed, runs=7, graphs=1, told="Captured"),
+    "another layout": Case([*MANY, change(lay_out_otherwise), *MANY], runs=7, graphs=1, told="Captured"),
+    "another class": Case([*MANY, change(as_another_class), *MANY], runs=7, graphs=1, told="Captured"),
     "a patched class": Case(
-        [*MANY, change(patch_the_class), *MANY], runs=7, programs=1, told="Captured", before=own_class
+        [*MANY, change(patch_the_class), *MANY], runs=7, graphs=1, told="Captured", before=own_class
     ),
     "an iterator": Case(MANY, iterator, told="numbers, a count, of which a change could not be seen"),
     "a generator": Case(MANY, generator, told="generator, a Generator, of which a change could not be seen"),
     "a tensor elsewhere": Case(MANY, elsewhere, told="writes to what it has not made"),
     "a forward of before": Case(MANY, told="blocks.1 has a forward of its own", before=block_of_its_own),
-    "a global": Case(MANY, a_global, told="its program gives something else than the model"),
+    "a global": Case(MANY, a_global, told="its graph gives something else than the model"),
 }
 
 
@@ -341,7 +337,7 @@ def on_this_rank() -> dict[str, Any]:
             outputs = [step(model) for step in case.steps]
             error = max(difference(*pair) for pair in zip(outputs, expected, strict=True))
             rest = [[one.get("by") for one in of if isinstance(one, dict)] for of in (outputs, expected)]
-            found[name] = error, rest[0] == rest[1], RAN.get().times, len(parallel.programs), str(parallel.report())
+            found[name] = error, rest[0] == rest[1], RAN.get().times, len(parallel.graphs), str(parallel.report())
         for of_body in [*BODIES, "", "source", "join", "view"]:
             torch.manual_seed(0)
             model = Joint(of_body) if isinstance(of_body, str) else Tokens(of_body)
@@ -350,7 +346,7 @@ def on_this_rank() -> dict[str, Any]:
             parallel = parallelize(model, mesh, capture=True)
             for given in calls:
                 errors.append(difference(parallel(*map(torch.clone, given)), alone(*map(torch.clone, given))))
-            found[str(of_body)] = max(errors), True, 0, len(parallel.programs), str(parallel.report())
+            found[str(of_body)] = max(errors), True, 0, len(parallel.graphs), str(parallel.report())
     return found
 
 
@@ -360,12 +356,12 @@ def results(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_program_does_what_the_model_does_or_there_is_none(name, results):
+def test_a_graph_does_what_the_model_does_or_there_is_none(name, results):
     case = CASES[name]
-    error, same, runs, programs, told = results[name]
+    error, same, runs, graphs, told = results[name]
     assert error <= 1e-5
     assert same
-    assert (programs, case.told in told) == (case.programs, True), told
+    assert (graphs, case.told in told) == (case.graphs, True), told
     if case.runs is not None:
         assert runs == case.runs
     else:

@@ -1,4 +1,4 @@
-"""Captured programs: what they send, that they can be read, and that they can be compiled."""
+"""Captured graphs: what they send, that they can be read, and that they can be compiled."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def broken(graph):
 
 
 def traffic_and_compiled() -> tuple[Any, Any, list[float], str, list[str]]:
-    """Traffic of a call on shards and as a program, and if both give the same bits; of what is made of it, the errors.
+    """Traffic of a call on shards and as a graph, and if both give the same bits; of what is made of it, the errors.
 
-    And the code of the program, and what is told of each.
+    And the code of the graph, and what is told of each.
     """
     mesh = init_mesh(Layout(cp=dist.get_world_size()), "cpu")["cp"]
     torch.manual_seed(0)
@@ -50,10 +50,10 @@ def traffic_and_compiled() -> tuple[Any, Any, list[float], str, list[str]]:
     errors = [difference(output, outputs[0]) for output in outputs]
     told = [handle.captured for handle in handles]
     same = torch.equal(outputs[0], outputs[1])
-    return sent[:2], same, errors, handles[1].programs[0].code, told
+    return sent[:2], same, errors, handles[1].graphs[0].code, told
 
 
-def test_a_program_sends_what_the_model_sends_and_can_be_read_and_compiled(tmp_path):
+def test_a_graph_sends_what_the_model_sends_and_can_be_read_and_compiled(tmp_path):
     for sent, same, errors, code, told in run_on_every_rank(traffic_and_compiled, 3, tmp_path):
         assert sent[0] == sent[1]
         assert same
