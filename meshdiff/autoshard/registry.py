@@ -49,14 +49,35 @@ def _reads(handler: Handler, places: int, names: tuple[str, ...]) -> bool:
     return True
 
 
-def by_shard(ctx: ShardingContext, tensor: Tensor, shape: torch.Size, func: Any, *args: Any) -> DTensor:
-    """A function for which a rank needs nothing of others, and which keeps the sharded dim as it is."""
+def by_shard(
+    ctx: ShardingContext,
+    tensor: Tensor,
+    shape: torch.Size,
+    func: Any,
+    *args: Any,
+    stride: tuple[int, ...] | None = None,
+) -> DTensor:
+    """Run a function for which a rank needs nothing of others, and which keeps the sharded dim as it is.
+
+    Args:
+        ctx: that of the handler that calls this.
+        tensor: the operand that is sharded. Its rows that wait are materialized; those of other operands are not.
+        shape: of the full result.
+        func: takes this rank's shard and `args`, and returns its shard of the result, contiguous unless `stride` is
+            given.
+        args: the other arguments: plain tensors that are the same on every rank, see `own_copy`, and other values.
+            There are no keyword arguments.
+        stride: of the full result as on one device; by default that of a contiguous tensor.
+
+    Returns:
+        A DTensor that is sharded along the same dim as `tensor`, with the dtype that `func` gives it.
+    """
     dim = sharded_dim(tensor)
     assert dim is not None
     ctx.materialize(tensor)
     with ctx.unguarded():
         local = each(func, to_shard(tensor), *args)
-    return wrap(local, ctx.mesh, Shard(dim), shape, contiguous_stride(shape))
+    return wrap(local, ctx.mesh, Shard(dim), shape, stride or contiguous_stride(shape))
 
 
 @on_each_rank

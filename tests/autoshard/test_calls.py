@@ -141,6 +141,14 @@ def dropout_of_none_and_of_some(block, x, y):
     return F.dropout(y, 0.0, True) + F.dropout(x * 1, 0.5, True) + F.dropout(y, 0.25, True) * F.dropout(x, 0.5, False)
 
 
+def pairs_of_turned_heads(block, x, y):
+    pairs = torch.view_as_complex(y.unflatten(-1, (3, -1, 2)).transpose(1, 2))
+    assert not pairs.is_contiguous()
+    turned = torch.view_as_real(pairs * 1j)
+    assert not turned.is_contiguous()
+    return y + turned.contiguous().view(len(y), -1).mean() + pairs.contiguous().view(len(y), -1).real.mean()
+
+
 class Twice(Tensor):
     """A weight of another class, which stands for twice its values."""
 
@@ -165,7 +173,7 @@ def weights_of_another_class(block, x, y):
 BODIES = [view_of_bits, operands_by_name, written_to_what_is_given, rows_until_there_are_none, place_in_memory,
           kept_from_the_last_call, heads_without_a_transpose, own_rows_of_what_was_cut, own_rows,
           own_rows_that_were_joined, writes_if_asked, norms_and_dropout, dropout_of_none_and_of_some,
-          norms_while_rows_wait, weights_of_another_class]  # fmt: skip
+          norms_while_rows_wait, pairs_of_turned_heads, weights_of_another_class]  # fmt: skip
 
 
 CALLS = [torch.randn(2, SEQ, CHANNELS, generator=torch.Generator().manual_seed(i)) for i in range(5)]
@@ -194,6 +202,14 @@ def test_every_call_is_that_of_one_device(body, ranks):
         for hidden, one in zip(given, expected, strict=True):
             (found,) = values(parallel(hidden))
             assert difference(found, one) <= 1e-5
+
+
+def test_complex_views_lie_in_memory_as_on_one_device():
+    model = Tokens(pairs_of_turned_heads).requires_grad_(False)
+    with simulate(2):
+        parallel = parallelize(model, on_mesh(2))
+        parallel(CALLS[0])
+        assert not parallel.replicated_kinds  # else a view that one device has has failed
 
 
 def on_this_rank() -> tuple[dict[str, float], int, int]:

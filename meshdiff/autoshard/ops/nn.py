@@ -100,7 +100,8 @@ def _view_as_complex(ctx: ShardingContext, input: DTensor) -> Any:
     dim = sharded_dim(input)
     if dim is None or dim == input.ndim - 1 or input.is_complex() or input.shape[-1] != 2:
         return NotImplemented
-    result = by_shard(ctx, input, input.shape[:-1], torch.view_as_complex)
+    stride = tuple(step // 2 for step in input.stride()[:-1])
+    result = by_shard(ctx, input, input.shape[:-1], torch.view_as_complex, stride=stride)
     ctx.viewed(input, result)
     return result
 
@@ -109,7 +110,8 @@ def _view_as_complex(ctx: ShardingContext, input: DTensor) -> Any:
 def _view_as_real(ctx: ShardingContext, input: DTensor) -> Any:
     if sharded_dim(input) is None or not input.is_complex():
         return NotImplemented
-    result = by_shard(ctx, input, torch.Size((*input.shape, 2)), torch.view_as_real)
+    stride = (*(2 * step for step in input.stride()), 1)
+    result = by_shard(ctx, input, torch.Size((*input.shape, 2)), torch.view_as_real, stride=stride)
     ctx.viewed(input, result)
     return result
 
