@@ -41,12 +41,13 @@ class OpTraits:
         safe_unless_dim: the same as long as it does not go along the sharded dim; this names the argument.
         cacheable: what decides the shape, stride, dtype and placement of its result is in its operands, and it writes
             to none of them when it is called as it is here.
-        cached_handler: so is what the handler of it makes.
+        cached_handler: so is what the handler of it makes, which is then cached as well: `F.linear`.
         pointwise: it goes element by element; operands are broadcast.
-        rowwise: it does to each row of the sharded dim the same, by weights that every rank has.
+        rowwise: it does to each row of the sharded dim the same, by weights that every rank has: `F.layer_norm`.
         view: its result may share memory with its first operand.
         reshapes: it is a view whose shape is given.
-        by_parts: of rows that are joined it makes what is joined of its results: f(cat(a, b)) is cat(f(a), f(b)).
+        by_parts: of rows that are joined it makes what is joined of its results: f(cat(a, b)) is cat(f(a), f(b)), as
+            for `torch.mul` of queries of text and image by their rotary table.
         casts: it may be to another dtype.
         unbinds: it takes a dim apart.
         writes_if_asked: an argument may make it write to its operand.

@@ -19,14 +19,19 @@ from meshdiff.distributed.simulation import on_each_rank
 __all__ = ["Handlers", "by_shard"]
 
 Handler = Callable[..., Any]
-"""Takes a `ShardingContext`, then what the function takes; returns NotImplemented for arguments it has no way with."""
+"""Does a torch function on shards.
+
+It takes a `ShardingContext` and then what the function takes, with at least one DTensor, each of them replicated or
+sharded along one dim. It returns what the function returns, in DTensors, or NotImplemented for arguments that it has
+no way with; then DTensor runs the function, or it runs on replicated tensors.
+"""
 
 
 class Handlers(dict[Any, Handler]):
     """Torch functions, and the handler of each on shards."""
 
     def of(self, *functions: Any) -> Callable[[Handler], Handler]:
-        """Register the handler of these functions."""
+        """A decorator that registers a `Handler` of these torch functions."""
 
         def register(handler: Handler) -> Handler:
             self.update(dict.fromkeys(functions, handler))

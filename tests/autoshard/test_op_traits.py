@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import torch
 from torch import Tensor
 
+from meshdiff.autoshard import ops
 from meshdiff.autoshard.function_mode import HANDLERS
 from meshdiff.autoshard.op_traits import NONE, TRAITS, traits_of
 
@@ -14,6 +18,12 @@ OPERATIONS = {key: traits for key, traits in TRAITS.items() if isinstance(key, s
 
 def test_every_operation_is_one_of_torch():
     assert [name for name in OPERATIONS if not hasattr(torch.ops.aten, name)] == []
+
+
+def test_handlers_of_every_file_are_in_use():
+    for file in pkgutil.iter_modules(ops.__path__):
+        own = getattr(importlib.import_module(f"{ops.__name__}.{file.name}"), "HANDLERS", {})
+        assert own.items() <= HANDLERS.items(), f"meshdiff/autoshard/function_mode.py does not merge ops/{file.name}.py"
 
 
 def test_traits_of_handlers_belong_to_functions_that_have_one():
