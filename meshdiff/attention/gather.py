@@ -28,7 +28,7 @@ __all__ = ["gather"]
 
 
 def gather(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
+    """A `meshdiff.attention.strategy.Strategy`, which says what it takes and returns."""
     # Each rank finds a share of every key's gradient. On a CPU the shares are float32, so that they are
     # rounded once and not once a rank; kernels for CUDA want half precision.
     dtype = wide(query.dtype) if query.device.type == "cpu" else query.dtype

@@ -33,7 +33,7 @@ def members(heads: int, kv_heads: int, ranks: int) -> int:
 
 
 def hybrid(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
+    """A `meshdiff.attention.strategy.Strategy`, which says what it takes and returns."""
     size = members(problem.heads, problem.kv_heads, problem.ranks)
     groups = ring_of_groups(problem.mesh, size)
     around, within = groups["ring"], groups["ulysses"]

@@ -36,7 +36,7 @@ SWALLOWS = 2**25
 
 
 def ring(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
+    """A `meshdiff.attention.strategy.Strategy`, which says what it takes and returns."""
     if mask is not None and mask.is_floating_point():
         mask, swallowed = _shift_mask(problem, problem.mesh.get_local_rank(), mask)
         query = _blank(query, swallowed)

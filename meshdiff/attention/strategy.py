@@ -16,10 +16,19 @@ from meshdiff.attention.ulysses import ulysses
 __all__ = ["AUTO", "STRATEGIES", "Choice", "Strategy", "choose_strategy"]
 
 Strategy = Callable[[Problem, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention of this rank's queries to the keys of all ranks.
+
+It takes a problem; this rank's query `[batch, own tokens, heads, head_dim]`, and key and value, which have `kv_heads`
+heads, their tokens in the order of `Problem.queries` and `Problem.keys`: these may give a rank several ranges (joint
+sequences); and the full mask, as `whole_mask` returns it, or None. It returns the shape and dtype of query. It is
+differentiable for query, key and value, and its collectives are alike on all ranks.
+"""
 
 STRATEGIES: dict[str, Strategy] = {"ulysses": ulysses, "ring": ring, "gather": gather, "hybrid": hybrid}
+"""Strategies by the name that `strategy` takes."""
 
 AUTO = "auto"
+"""The value of `strategy` that leaves the choice to `choose_strategy`."""
 
 FEW_TOKENS = 1024
 """Tokens a rank, below which what a ring's steps cost outweighs the idle ranks of an uneven Ulysses."""

@@ -31,7 +31,7 @@ __all__ = ["ulysses"]
 
 
 def ulysses(problem: Problem, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """See `meshdiff.attention.mesh_attention`; of each rank's shards."""
+    """A `meshdiff.attention.strategy.Strategy`, which says what it takes and returns."""
     _, rank = place_on(problem.mesh)
     if problem.ranks == 1:
         (queries,), (keys,) = problem.queries, problem.keys

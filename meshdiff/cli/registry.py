@@ -24,10 +24,11 @@ from meshdiff.models import DigitsModel, RandomModel, RandomShape, WanModel
 from meshdiff.models.digits import WEIGHTS
 from meshdiff.pipeline import Pipeline
 
-__all__ = ["MODELS", "ModelEntry", "ModelFlags", "ModelName", "StrategyName", "import_diffusers"]
+__all__ = ["MODELS", "ModelEntry", "ModelFlags", "ModelName", "StrategyFlag", "StrategyName", "import_diffusers"]
 
 ModelName = Literal["digits", "wan", "diffusers", "random"]
-StrategyName = Literal["auto", "ulysses", "ring", "gather", "hybrid"]
+StrategyName = Literal["ulysses", "ring", "gather", "hybrid"]
+StrategyFlag = Literal["auto", StrategyName]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ModelFlags:
     weights: Path | None = None
     """Weights of the embedded model (safetensors); those of the package by default."""
     shape: tyro.conf.OmitArgPrefixes[RandomShape] = field(default_factory=RandomShape)
-    strategy: StrategyName = "auto"
+    strategy: StrategyFlag = "auto"
     """How --cp ranks attend to each other's tokens; auto chooses by heads and length."""
     simulate: bool = False
     """Simulate all ranks inside this one process: any layout on a laptop, slowly."""
@@ -156,7 +157,7 @@ class ModelEntry:
     """Function that returns the request whose values hold for flags that are not given."""
     flags: frozenset[str]
     """The flags in `OF_SOME_MODELS` that it takes."""
-    strategies: tuple[str, ...] = get_args(StrategyName)
+    strategies: tuple[str, ...] = get_args(StrategyFlag)
     """Values of --strategy that it takes."""
     checkpoint: str | None = None
     """Description of the value of --checkpoint, for an error message; None for models that do not need it."""
@@ -236,7 +237,7 @@ MODELS: dict[ModelName, ModelEntry] = {
         open=lambda flags: import_diffusers().DiffusersModel(flags.checkpoint),
         defaults=lambda: import_diffusers().DiffusersModel.DEFAULTS,
         flags=frozenset({"checkpoint", "capture"}),
-        strategies=tuple(name for name in get_args(StrategyName) if name != "hybrid"),
+        strategies=tuple(name for name in get_args(StrategyFlag) if name != "hybrid"),
         checkpoint="the folder of a pipeline, or make a tiny one: "
         "python -m experiments.tiny_models.pipelines flux --out tiny-flux",
         run=_run_diffusers,

@@ -8,6 +8,7 @@ import on_ranks
 import pytest
 import torch
 from attention_cases import (
+    ANY_HEADS,
     CASES,
     DTYPES,
     JOINT,
@@ -34,6 +35,7 @@ from meshdiff import (
     mesh_attention,
     simulate,
 )
+from meshdiff.attention.strategy import AUTO, STRATEGIES
 from meshdiff.distributed.mesh import place
 from meshdiff.distributed.simulation import on_each_rank, unwrap
 
@@ -90,7 +92,7 @@ cases = st.builds(
     batch=st.integers(1, 3),
     mask=st.sampled_from(["none", "none", "padding", "full", "additive", "lowest", "causal", "causal padding"]),
     dtype=st.sampled_from(["float32", "float32", "bfloat16", "float16"]),
-    strategy=st.sampled_from(["ulysses", "ring", "gather", "hybrid", "auto"]),
+    strategy=st.sampled_from([*STRATEGIES, AUTO]),
     cross=st.booleans(),
 ).map(lambda case: Case(**{**case.__dict__, "heads": case.heads * case.group}))
 
@@ -144,7 +146,7 @@ def test_real_ranks_are_right_and_send_what_the_contract_says(world_size, tmp_pa
 
 @pytest.mark.parametrize(
     ("strategy", "ranks"),
-    [(strategy, ranks) for strategy in ("ulysses", "ring", "gather") for ranks in (2, 4, 8)]
+    [(strategy, ranks) for strategy in ANY_HEADS for ranks in (2, 4, 8)]
     + [("hybrid", 4), ("hybrid", 8)],  # two ranks are one group
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -178,7 +180,7 @@ def check_joint(values, case):
 
 
 @pytest.mark.parametrize("whole_text", [True, False])
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather"])
+@pytest.mark.parametrize("strategy", ANY_HEADS)
 def test_joint_tokens_send_what_one_sequence_does(strategy, whole_text):
     case, ranks = Joint(24, 8, whole_text=whole_text, strategy=strategy), 4
     with simulate(ranks):
@@ -234,7 +236,7 @@ def test_on_one_rank_whole_tensors_are_shards_of_the_sequence():
         text_first=st.booleans(),
         whole_text=st.booleans(),
         mask=st.sampled_from(["none", "padding", "causal"]),
-        strategy=st.sampled_from(["ulysses", "ring", "gather", "auto"]),
+        strategy=st.sampled_from([*ANY_HEADS, AUTO]),
     ),
     ranks=st.integers(1, 8),
 )
@@ -282,7 +284,7 @@ def test_checks_see_a_simulated_rank_that_differs(broken_rank, monkeypatch):
             mesh_attention(x, other, other)
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather"])
+@pytest.mark.parametrize("strategy", ANY_HEADS)
 @pytest.mark.parametrize("broken_rank", [0, 1, 2])
 def test_parity_fails_when_one_rank_alone_is_wrong(strategy, broken_rank, monkeypatch):
     from meshdiff.attention import gather, ring, ulysses

@@ -10,9 +10,10 @@ import pytest
 from meshdiff import InputError
 from meshdiff.attention.strategy import AUTO, STRATEGIES
 from meshdiff.cli.config import Config
-from meshdiff.cli.registry import MODELS, OF_SOME_MODELS, ModelFlags, ModelName, StrategyName
+from meshdiff.cli.registry import MODELS, OF_SOME_MODELS, ModelFlags, ModelName, StrategyFlag
 from meshdiff.cli.run import parse
 from meshdiff.cli.sweep.main import Config as SweepConfig
+from meshdiff.cli.sweep.report import COLORS
 
 GIVEN = {
     "weights": ["--weights", "x"],
@@ -29,13 +30,14 @@ GIVEN = {
 
 def test_names_are_those_of_what_they_name():
     assert [*MODELS] == [*get_args(ModelName)]
-    assert [*get_args(StrategyName)] == [AUTO, *STRATEGIES]
+    assert [*get_args(StrategyFlag)] == [AUTO, *STRATEGIES]
     assert [*SweepConfig.strategies] == [*STRATEGIES]
+    assert {f"cp, {name}" for name in (AUTO, *STRATEGIES)} <= COLORS.keys()
     fields = {field.name for field in dataclasses.fields(ModelFlags)}
     assert set(OF_SOME_MODELS) == GIVEN.keys() <= fields
     for entry in MODELS.values():
         assert entry.flags <= set(OF_SOME_MODELS)
-        assert set(entry.strategies) <= set(get_args(StrategyName))
+        assert set(entry.strategies) <= set(get_args(StrategyFlag))
         assert (entry.checkpoint is not None) == ("checkpoint" in entry.flags)
 
 

@@ -19,6 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from wandb_log import read_log
 
 from meshdiff import InputError, Layout
+from meshdiff.attention.strategy import STRATEGIES
 from meshdiff.cli.sweep import report as sweep_report
 from meshdiff.cli.sweep.cells import Row, _reason, read_rows, write_rows
 from meshdiff.cli.sweep.main import Config, all_cells, main
@@ -40,8 +41,8 @@ def layouts(config: Config, monkeypatch) -> set[str]:
 
 def test_every_layout_and_each_strategy_that_fits_is_a_cell(monkeypatch):
     config = Config(world_sizes=(4,), frames=(8,), run_flags="--heads 6 --dim 48")
-    cp4 = {f"dp1-cfg1-cp4-{strategy}" for strategy in ("ulysses", "ring", "gather", "hybrid")}
-    cp2 = {f"{outer}-cp2-{s}" for outer in ("dp2-cfg1", "dp1-cfg2") for s in ("ulysses", "ring", "gather")}
+    cp4 = {f"dp1-cfg1-cp4-{strategy}" for strategy in STRATEGIES}
+    cp2 = {f"{outer}-cp2-{s}" for outer in ("dp2-cfg1", "dp1-cfg2") for s in STRATEGIES if s != "hybrid"}
     names = cp4 | cp2 | {"dp4-cfg1-cp1", "dp2-cfg2-cp1"}
     assert layouts(config, monkeypatch) == {f"{name}-8-frames" for name in names}
 

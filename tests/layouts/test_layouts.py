@@ -10,6 +10,7 @@ import draws
 import on_ranks
 import pytest
 import torch
+from attention_cases import ANY_HEADS
 from contract import attention, of_rank, run_traffic
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,7 +74,7 @@ def test_shipped_weights_agree_to_the_bit_where_shards_are_awkward():
     assert torch.equal(clip(Layout(1, 3)), clip(Layout()))
 
 
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "gather"])
+@pytest.mark.parametrize("strategy", ANY_HEADS)
 def test_a_run_takes_the_strategy_that_is_asked_for(strategy):
     with simulate(3):
         video, comms = make(Layout(1, 3), 2, strategy=strategy)

@@ -75,7 +75,7 @@ def attention(
         calls = ring(k, kv_heads, rank, wide)
     elif strategy == "ulysses":
         calls = ulysses(q, k, heads, kv_heads, rank, together=q == k)
-    else:
+    elif strategy == "hybrid":
         u = max(
             size
             for size in range(1, ranks)
@@ -87,6 +87,8 @@ def attention(
         within = ulysses(q[own], k[own], heads, kv_heads, member, together=q == k)
         around = ring(blocks, max(1, kv_heads // u), group, wide)
         calls = (within[0] + around[0], within[1] + around[1])
+    else:
+        raise ValueError(f"the contract does not say what {strategy} sends")
     forward, backward = (sent("all_to_all", len(sizes), unit * sum(sizes)) for sizes in calls)
     return forward, backward
 
@@ -99,8 +101,10 @@ def of_busiest(strategy: str, shape: tuple[int, int, int, int, int, int], ranks:
     q, k = chunk_sizes(queries, ranks), chunk_sizes(keys, ranks)
     if strategy == "ring":
         calls = [ring(k, kv_heads, rank, 1)[0] for rank in range(ranks)]
-    else:
+    elif strategy == "ulysses":
         calls = [ulysses(q, k, heads, kv_heads, rank, together=q == k)[0] for rank in range(ranks)]
+    else:
+        raise ValueError(f"the contract does not say what a simulation counts of {strategy}")
     most = [max(sizes) for sizes in zip(*calls, strict=True)]
     return sent("all_to_all", len(most), batch * head_dim * FLOAT * sum(most))
 

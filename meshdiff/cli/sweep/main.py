@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import tyro
@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from meshdiff.cli import run
 from meshdiff.cli.config import Config as RunConfig
 from meshdiff.cli.metrics import device_name
-from meshdiff.cli.registry import ModelName, StrategyName
+from meshdiff.cli.registry import ModelName, StrategyFlag, StrategyName
 from meshdiff.cli.sweep.cells import CLIPS, Cell, Row, measure, read_rows, write_rows
 from meshdiff.cli.sweep.report import draw, log_to_wandb, summary, write_tables
 from meshdiff.distributed.mesh import Layout
@@ -51,7 +51,7 @@ class Config:
     """Numbers of ranks; by default 1, 2, 4, ... up to the number of GPUs, or of cores."""
     layouts: Literal["all", "auto"] = "all"
     """all: every dp x cfg x cp of as many ranks, by each strategy; auto: the one that run.py would choose."""
-    strategies: tuple[Literal["ulysses", "ring", "gather", "hybrid"], ...] = ("ulysses", "ring", "gather", "hybrid")
+    strategies: tuple[StrategyName, ...] = get_args(StrategyName)
     """Of attention, for layouts that divide the sequence; those that do not fit the model are left out."""
     frames: tuple[int, ...] = (8, 16)
     """Frames of the clips; a set of cells for each."""
@@ -181,7 +181,7 @@ def all_cells(config: Config) -> list[Cell]:
         for size in config.sizes():
             for layout in layouts_of(config, size, branches):
                 choose = layout.cp > 1 and config.layouts == "all"
-                strategies: list[StrategyName] = [*dict.fromkeys(config.strategies)] if choose else ["auto"]
+                strategies: list[StrategyFlag] = [*dict.fromkeys(config.strategies)] if choose else ["auto"]
                 found += [Cell(layout, s, frames) for s in strategies if fits(model, alone, layout, s)]
     if not found:
         raise InputError("--world-sizes", "no layout of that many ranks can do these clips; add 1")
@@ -200,7 +200,7 @@ def layouts_of(config: Config, size: int, branches: int) -> list[Layout]:
     ]
 
 
-def fits(model: VideoModel, alone: RunConfig, layout: Layout, strategy: StrategyName) -> bool:
+def fits(model: VideoModel, alone: RunConfig, layout: Layout, strategy: StrategyFlag) -> bool:
     """True if run.py accepts the layout and the strategy, and every rank has something to do."""
     try:
         dataclasses.replace(alone, strategy=strategy).check()

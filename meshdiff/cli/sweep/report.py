@@ -37,6 +37,7 @@ COLORS = {
     "dp": "#2ca02c",
     "best mix": "#ff7f0e",
 }
+"""The series of the plots; a test fails for a strategy that is missing, which no plot would show."""
 
 
 Array = np.ndarray[Any, Any]
