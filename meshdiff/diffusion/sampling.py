@@ -30,9 +30,21 @@ def flow_times(steps: int, shift: float = 1.0) -> list[float]:
 
 
 class Solver(Protocol):
-    """An integrator that advances the state by one step, given the velocity at the start of the step."""
+    """An integrator of the flow, for one run: it may remember earlier steps."""
 
-    def step(self, x: Tensor, velocity: Tensor, time: float, next_time: float) -> Tensor: ...
+    def step(self, x: Tensor, velocity: Tensor, time: float, next_time: float) -> Tensor:
+        """The state at `next_time`, by one velocity: a method of several evaluations a step does not fit.
+
+        It is elementwise, so that nothing is sent, whatever the placement.
+
+        Args:
+            x: the state at `time`, any shape and placement.
+            velocity: d(x)/d(time) there, of the same shape and placement.
+            time, next_time: from 1, noise, to 0; `next_time` is the smaller one.
+
+        Returns:
+            The shape and placement of `x`.
+        """
 
 
 class Euler:
@@ -63,7 +75,7 @@ class AdamsBashforth2:
 
 
 SOLVERS: dict[str, Callable[[], Solver]] = {"euler": Euler, "ab2": AdamsBashforth2}
-"""Solvers by the name that `--solver` takes."""
+"""Solvers by the name that `--solver` takes. Wan has one more, `UniPC` in `meshdiff.models.wan_model`."""
 
 
 def sample(

@@ -18,6 +18,7 @@ from ranks import run_on_ranks
 from tiny import REQUEST, TOKENS, alone, make, tiny_model
 
 from meshdiff import DigitsModel, InputError, Layout, Pipeline, Request, init_mesh, simulate
+from meshdiff.diffusion.sampling import SOLVERS
 from meshdiff.distributed.simulation import on_each_rank
 from meshdiff.pipeline import check_strategy
 
@@ -37,7 +38,7 @@ def cases(draw):
     layout = Layout(cfg=cfg, cp=draw(st.integers(1, 8 if cfg == 1 else 4)))
     # From 64 tokens, where 8 ranks divide everything, to 125 or 175, where few do.
     frames, height, width = draw(st.sampled_from([(8, 32, 32), (10, 40, 32), (10, 40, 40), (14, 40, 40)]))
-    solver = draw(st.sampled_from(["euler", "ab2"]))
+    solver = draw(st.sampled_from([*SOLVERS]))
     return (
         layout,
         Request("a 7 moving left", frames=frames, height=height, width=width, steps=2, solver=solver),
