@@ -51,10 +51,10 @@ def code_around(model: Model) -> Callable:
 
 def test_what_is_compiled_later_runs_as_it_is_on_the_mesh(tmp_path):
     """On real ranks: within a simulation nothing is compiled."""
-    assert run_on_every_rank(on_ranks, 2, tmp_path) == [[], []]
+    assert run_on_every_rank(on_this_rank, 2, tmp_path) == [[], []]
 
 
-def on_ranks() -> list[str]:
+def on_this_rank() -> list[str]:
     """Of what was traced, the names; raises if a number is not that of one device."""
     given = inputs()
     with torch.no_grad():

@@ -197,7 +197,7 @@ def of_inference() -> dict[str, float]:
 
 
 @torch.no_grad()
-def on_ranks() -> dict[str, Any]:
+def on_this_rank() -> dict[str, Any]:
     warnings.simplefilter("ignore")
     return {
         "patches": of_patches(),
@@ -210,7 +210,7 @@ def on_ranks() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    return run_on_every_rank(on_ranks, 2, tmp_path_factory.mktemp("patches"))
+    return run_on_every_rank(on_this_rank, 2, tmp_path_factory.mktemp("patches"))
 
 
 def test_patches_of_others_are_what_they_are_on_one_device(ranks):

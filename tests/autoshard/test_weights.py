@@ -124,7 +124,7 @@ def another_value_in_a_shard(mesh: DeviceMesh) -> str:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    return run_on_every_rank(on_ranks, 2, tmp_path_factory.mktemp("weights"))
+    return run_on_every_rank(on_this_rank, 2, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.parametrize("dim", ["cp", "cfg"])
@@ -168,7 +168,7 @@ def test_ranks_that_hold_other_shards_are_told(of_ranks):
         assert "other weights on rank 1 of this mesh than on rank 0 (blocks.1.attn_out.weight)" in told
 
 
-def on_ranks() -> dict[Any, Any]:
+def on_this_rank() -> dict[Any, Any]:
     meshes = {"cp": init_mesh(Layout(cp=2), "cpu"), "cfg": init_mesh(Layout(cfg=2), "cpu")}
     found: dict[Any, Any] = {"gradients of shards": gradients_of_shards(meshes["cp"])}
     found["in inference mode"] = in_inference_mode(meshes["cp"])

@@ -20,7 +20,7 @@ SECONDS = 2
 
 @pytest.mark.serial
 def test_every_group_of_a_mesh_has_the_time_out_of_the_run(tmp_path):
-    ranks = start_on_ranks(on_ranks, 4, tmp_path, world=False)
+    ranks = start_on_ranks(on_this_rank, 4, tmp_path, world=False)
     assert ranks.exit_codes == [0] * 4, ranks
     waited = [torch.load(ranks.results[rank]) for rank in (0, 1, 2)]
     assert {name for of_rank in waited for name in of_rank} == {"cfg", "cp", "replica", "ring"}
@@ -36,7 +36,7 @@ def groups() -> dict[str, DeviceMesh]:
     return {"cfg": mesh["cfg"], "cp": mesh["cp"], "replica": ranks_of_replica(several), "ring": ring["ring"]}
 
 
-def on_ranks() -> dict[str, float]:
+def on_this_rank() -> dict[str, float]:
     """Seconds that this rank waits for rank 3 in each of the groups of both."""
     waited, own = {}, groups()
     for name, mesh in own.items():

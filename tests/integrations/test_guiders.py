@@ -62,7 +62,7 @@ def clip(pipeline: Any) -> Tensor:
 
 
 @torch.no_grad()
-def on_ranks() -> dict[str, tuple[float, dict[str, str]]]:
+def on_this_rank() -> dict[str, tuple[float, dict[str, str]]]:
     """By guider and layout: the error of two clips, and why calls were not divided."""
     warnings.simplefilter("ignore")
     found = {}
@@ -77,7 +77,7 @@ def on_ranks() -> dict[str, tuple[float, dict[str, str]]]:
 
 
 def test_guiders_on_real_ranks(tmp_path):
-    for found in run_on_every_rank(on_ranks, 2, tmp_path, timeout=200):
+    for found in run_on_every_rank(on_this_rank, 2, tmp_path, timeout=200):
         assert {key: error <= 1e-5 for key, (error, _) in found.items()} == dict.fromkeys(found, True)
         told = {key: why["transformer"] for key, (_, why) in found.items() if why}
         assert told == {"skip-layer cfg2-cp1": CHANGED, "auto cfg2-cp1": CHANGED}

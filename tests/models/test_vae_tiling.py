@@ -114,13 +114,13 @@ def test_simulated_ranks_agree_with_diffusers_and_each_decodes_its_own(layout, p
     assert comms == traffic(layout, MOST[layout.world_size], patch)
 
 
-def on_ranks() -> list[tuple[Layout, torch.Tensor, dict]]:
+def on_this_rank() -> list[tuple[Layout, torch.Tensor, dict]]:
     """The decoded video and what was sent, on two layouts."""
     return [(layout, *decoded(layout, latents(*SIZE))) for layout in (Layout(2, 2), Layout(1, 4))]
 
 
 def test_real_ranks_agree_with_diffusers(tmp_path):
-    for of_layouts in run_on_every_rank(on_ranks, 4, tmp_path):
+    for of_layouts in run_on_every_rank(on_this_rank, 4, tmp_path):
         for layout, video, comms in of_layouts:
             assert agree(video, by_diffusers())
             assert comms == traffic(layout, MOST[4])

@@ -110,7 +110,7 @@ def test_experts_share_a_run(root, references):
     assert not torch.allclose(references["2.1"], references["2.2"], atol=1e-2)
 
 
-def on_ranks(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, dict, list[int]]]:
+def on_this_rank(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, dict, list[int]]]:
     """The clip, traffic and counts, of both versions and of places for weights."""
     world = dist.get_world_size()
     layout = Layout(2, world // 2) if world % 2 == 0 else Layout(1, world)
@@ -121,7 +121,7 @@ def on_ranks(root: Path) -> dict[tuple[str, str], tuple[torch.Tensor, dict, list
 
 @pytest.mark.parametrize("layout", [Layout(2, 2), Layout(1, 3)], ids=str)
 def test_real_ranks_give_the_clip_of_one_process_wherever_weights_lie(root, references, one_process, layout, tmp_path):
-    of_ranks = run_on_every_rank(on_ranks, layout.world_size, tmp_path, root)
+    of_ranks = run_on_every_rank(on_this_rank, layout.world_size, tmp_path, root)
     model = WanModel.open(str(checkpoint(root) / "diffusers"))
     depth = model.config.depth
     for rank, runs in enumerate(of_ranks):

@@ -286,7 +286,7 @@ def test_a_step_gives_what_one_device_gives(step, warm):
 
 
 def test_a_step_gives_what_one_device_gives_on_real_ranks(tmp_path):
-    for of_rank in run_on_every_rank(on_ranks, 2, tmp_path, timeout=120):
+    for of_rank in run_on_every_rank(on_this_rank, 2, tmp_path, timeout=120):
         steps = of_rank.pop("steps")
         assert {step.__name__: torch.equal(steps[step.__name__], expected(step)) for step in STEPS} == {
             step.__name__: True for step in STEPS
@@ -354,6 +354,6 @@ def test_a_pipeline_is_on_a_mesh_as_a_whole_or_not_at_all():
 
 
 @torch.no_grad()
-def on_ranks() -> dict[str, object]:
+def on_this_rank() -> dict[str, object]:
     found: dict[str, object] = {"steps": {step.__name__: step(guided(2)) + 0 for step in STEPS}}
     return found | {what: of_change(what) for what in CHANGES}

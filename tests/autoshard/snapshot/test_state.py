@@ -249,7 +249,7 @@ def guessed(name: str) -> list[Tensor]:
 
 
 @torch.no_grad()
-def on_ranks() -> dict[str, Any]:
+def on_this_rank() -> dict[str, Any]:
     """All of the above on real ranks, and one rank that raises alone."""
     found: dict[str, Any] = {kind.__name__: clips(kind, dist.get_world_size()) for kind in STATEFUL}
     found |= {kind.__name__: streams(kind) for kind in WRITERS}
@@ -274,7 +274,7 @@ def on_ranks() -> dict[str, Any]:
 
 
 def test_real_ranks_are_right_as_well(tmp_path):
-    for rank, found in enumerate(run_on_every_rank(on_ranks, 2, tmp_path, timeout=200)):
+    for rank, found in enumerate(run_on_every_rank(on_this_rank, 2, tmp_path, timeout=200)):
         with torch.no_grad():
             for kind in STATEFUL:
                 check(kind, found[kind.__name__])
