@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff import CommsCounter, Layout, Pipeline, Request
+from meshdiff.distributed.weight_streaming import ALIGNMENT
 from meshdiff.models import WanModel, WanOptions, wan_model
 from meshdiff.models.layers import CrossAttention
 
@@ -120,11 +121,11 @@ def gathers(transformer: nn.Module, chain: list[str], layout: Layout) -> list[in
     sizes = []
     for name in chain:
         own = sum(
-            math.ceil(parameter.numel() * FLOAT / 16) * 16
+            math.ceil(parameter.numel() * FLOAT / ALIGNMENT) * ALIGNMENT
             for key, parameter in transformer.named_parameters()
             if key.startswith(f"{name}.") and not any(key.startswith(f"{o}.") for o in of_text if o != name)
         )
-        sizes.append(math.ceil(own / (16 * ranks)) * 16 * (ranks - 1))
+        sizes.append(math.ceil(own / (ALIGNMENT * ranks)) * ALIGNMENT * (ranks - 1))
     return sizes
 
 
