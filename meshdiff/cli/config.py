@@ -39,11 +39,12 @@ class Config(ModelFlags):
     """Guidance parallelism: ranks that share the guidance branches. By default 2 if the world is
     even and guidance is on."""
     threads: int = 1
-    """CPU threads of each rank. Layouts give the same bits at equal thread counts; a GEMM that is
-    split between threads adds up in another order."""
+    """CPU threads of each rank. With 1, in float32 and by --strategy ulysses, layouts give the same bits; other
+    strategies agree to rounding, and a GEMM that is split between threads adds up in another order."""
     timeout: int | None = None
-    """Seconds that a rank waits for another in a collective before it gives up and says so; 60 for digits on a CPU,
-    else 600, as ranks may then load, compile or decode for as long while others wait."""
+    """Seconds that a rank waits for another in a collective before it gives up and says so; by default 600 if the
+    machine has a GPU or the model needs --checkpoint, as ranks may then load, compile or decode for as long while
+    others wait, else 60."""
     out: Path | None = None
     """Folder to write; runs/<time>-<layout> by default."""
     overwrite: bool = False

@@ -59,7 +59,8 @@ class ModelFlags:
     what --capture captures."""
     capture: bool = False
     """diffusers: once calls of a transformer have settled, run what one rank computes and sends in them as a graph,
-    without the model's Python, which takes longer than a GPU does for short sequences. From the fifth call on."""
+    without the model's Python, which takes longer than a GPU does for short sequences. From the fifth call on, or
+    the sixth where the first finds text to shard."""
     shard_weights: bool = False
     """Each rank stores its part of every weight and gathers a block's at a time. Without it every rank stores all
     weights: --cp and --cfg divide the work and the activations only."""
