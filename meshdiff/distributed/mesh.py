@@ -3,8 +3,7 @@
 A mesh has *dims* named `cfg` and `cp`; ranks of one `cp` group are neighbours,
 so that the all-to-alls of attention stay inside a node and only the one
 all-gather of guidance crosses nodes. Many requests add an outer dim `dp`, of
-replicas, which send each other nothing. All code that uses rank numbers is in
-this file and in the attention strategies.
+replicas, which send each other nothing.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 
-from meshdiff import InputError
+from meshdiff import InputError, Request
 from meshdiff.attention.strategy import AUTO, STRATEGIES
 from meshdiff.cli.config import Config
+from meshdiff.cli.metrics import RunMetrics
 from meshdiff.cli.registry import MODELS, OF_SOME_MODELS, ModelFlags, ModelName, StrategyFlag
 from meshdiff.cli.run import parse
 from meshdiff.cli.sweep.main import Config as SweepConfig
@@ -34,6 +35,8 @@ def test_names_are_those_of_what_they_name():
     assert [*SweepConfig.strategies] == [*STRATEGIES]
     assert {f"cp, {name}" for name in (AUTO, *STRATEGIES)} <= COLORS.keys()
     fields = {field.name for field in dataclasses.fields(ModelFlags)}
+    told = {field.name for field in dataclasses.fields(Request)} | Config().of_run().keys()
+    assert told <= {field.name for field in dataclasses.fields(RunMetrics)}
     assert set(OF_SOME_MODELS) == GIVEN.keys() <= fields
     for entry in MODELS.values():
         assert entry.flags <= set(OF_SOME_MODELS)
