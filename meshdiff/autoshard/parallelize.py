@@ -46,7 +46,7 @@ __all__ = ["Parallelized", "parallelize"]
 
 Forward = Callable[..., Any]
 
-_names = itertools.count()
+_names = itertools.count()  # of keys in the store, so that ranks have to parallelize in one order
 
 
 def parallelize(

@@ -63,7 +63,7 @@ GROWS = 3
 """Calls of a kind after which a model may have grown, as by a table of positions, before it is said to keep state."""
 
 
-_names = itertools.count()
+_names = itertools.count()  # as in `parallelize`
 
 
 class Guidance:
