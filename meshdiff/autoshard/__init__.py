@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from meshdiff.autoshard.capture.graph_capture import Backend
 from meshdiff.autoshard.cfg.batching import Guidance
-from meshdiff.autoshard.parallelize import Parallelized, parallelize
+from meshdiff.autoshard.parallelize import parallelize
+from meshdiff.autoshard.parallelized import Parallelized
 from meshdiff.autoshard.report import Report
 
 __all__ = ["Backend", "Guidance", "Parallelized", "Report", "parallelize"]

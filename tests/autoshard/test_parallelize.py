@@ -263,7 +263,7 @@ def test_a_call_that_has_written_to_weights_says_so_and_the_next_one_is_right():
 def test_ranks_meet_under_a_new_name_each_time_a_call_starts_again(monkeypatch):
     names: list[str] = []
     monkeypatch.setattr(
-        sys.modules["meshdiff.autoshard.parallelize"],
+        sys.modules["meshdiff.autoshard.parallelized"],
         "agree_on_fallback",
         lambda mesh, name, kind, error: names.append(name),
     )
