@@ -52,12 +52,14 @@ __all__ = [
     "autograd_task",
     "current_dispatch_mode",
     "default_store",
+    "disabled_torch_function",
     "dispatch_depth",
     "funcol",
     "has_torch_dispatch",
     "is_traceable_wrapper_subclass",
     "known",
     "make_subclass",
+    "make_wrapper_subclass",
     "mode_stacks",
     "process_group",
     "replace_mode_stacks",
@@ -79,7 +81,9 @@ dispatch_depth = torch._C._len_torch_dispatch_stack
 autograd_task = torch._C._current_graph_task_id
 """The function that returns the number of the running backward pass; -1 if none runs."""
 default_store = distributed_c10d._get_default_store
+disabled_torch_function = torch._C._disabled_torch_function_impl
 make_subclass = Tensor._make_subclass
+make_wrapper_subclass = Tensor._make_wrapper_subclass
 OPAQUE_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
 """Functions inside which torch computes attention that no mode intercepts."""
 process_group = distributed_c10d._resolve_process_group

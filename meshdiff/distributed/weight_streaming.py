@@ -10,22 +10,28 @@ wherever the weights are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from meshdiff.distributed.mesh import place
 from meshdiff.distributed.placements import PARTS, REPLICATED
-from meshdiff.distributed.torch_compat import AsyncCollectiveTensor
+from meshdiff.distributed.released_weight import ELSEWHERE, ReleasedWeight
+from meshdiff.distributed.simulation import on_each_rank, rank_values
+from meshdiff.distributed.torch_compat import AsyncCollectiveTensor, autograd_task
 
-__all__ = ["Storage", "Streamed", "stream"]
+__all__ = ["Place", "Recent", "Storage", "Streamed", "StreamedWeights", "stream"]
 
 ALIGNMENT = 64  # bytes; torch's own on CPUs, so kernels that look at it add up in the same order
+
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its parameters."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +73,18 @@ def stream(
     streamed = {}
     for name, parameters in owned.items():
         load(parameters)
-        streamed[name] = Streamed(root.get_submodule(name), [_place_of(root, p) for p in parameters], storage)
+        weights = StreamedWeights([[_place_of(root, parameter)] for parameter in parameters], storage)
+        streamed[name] = Streamed(root.get_submodule(name), weights)
     for name, module in streamed.items():
         owner, _, attribute = name.rpartition(".")
         # Names of nested ones stay what they are: a streamed module looks like what it holds.
         setattr(root.get_submodule(owner), attribute, module)
     for chain in chains:
         for name, following in zip(chain, [*chain[1:], None], strict=True):
-            streamed[name].following = (streamed[following],) if following else ()
+            streamed[name].weights.following = streamed[following].weights if following else None
 
 
-def _place_of(root: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+def _place_of(root: nn.Module, parameter: str) -> Place:
     owner, _, attribute = parameter.rpartition(".")
     return root.get_submodule(owner), attribute
 
@@ -89,26 +96,13 @@ class Streamed(nn.Module):
 
     Args:
         module: the module to run.
-        places: its parameters, each as a module and a name in it. Plain tensors.
-        storage: the place of its weights.
+        weights: its weights.
     """
 
-    def __init__(self, module: nn.Module, places: Sequence[tuple[nn.Module, str]], storage: Storage) -> None:
+    def __init__(self, module: nn.Module, weights: StreamedWeights) -> None:
         super().__init__()
         self.module = module
-        self.following: tuple[Streamed, ...] = ()  # in a tuple, which is no submodule
-        self._storage = storage
-        self._places = list(places)
-        self._layout, total = [], 0
-        for owner, name in self._places:
-            parameter = getattr(owner, name)
-            self._layout.append((total, parameter.nbytes, parameter.shape, parameter.dtype))
-            total += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
-        buffer = self._packed(total)
-        self._leave()  # before more memory is taken
-        self._stored = _store(buffer, storage)
-        self._coming: Tensor | None = None
-        self._side_stream = torch.cuda.Stream(storage.device) if storage.device.type == "cuda" else None
+        self.weights = weights
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -117,8 +111,58 @@ class Streamed(nn.Module):
             return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._weights():
+        with self.weights.present():
             return self.module(*args, **kwargs)
+
+
+class StreamedWeights:
+    """Weights that are stored together, fetched when a module that they are of runs, and released after it.
+
+    Elsewhere each of them is a `ReleasedWeight`.
+
+    Args:
+        places: of each parameter, where it is: more than one place if modules share it. Plain tensors.
+        storage: the place of their values.
+        recent: shared by all weights of a model, so that a backward pass holds those of one module at a time.
+
+    Attributes:
+        following: weights to fetch while the modules of these run.
+        preceding: weights to fetch in the backward pass while these are in use.
+        nbytes: size of all of them.
+        reads: number of times that one was read outside of its modules.
+    """
+
+    def __init__(self, places: Sequence[Sequence[Place]], storage: Storage, recent: Recent | None = None) -> None:
+        self.recent = recent or Recent()
+        self.following: StreamedWeights | None = None
+        self.preceding: StreamedWeights | None = None
+        self.on_present: Callable[[StreamedWeights], None] = lambda weights: None
+        self._storage = storage
+        self._places = [list(of_parameter) for of_parameter in places]
+        self._layout: list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]] = []
+        self._users = 0
+        self.reads = 0
+        total = 0
+        parameters = [getattr(*of_parameter[0]) for of_parameter in self._places]
+        for parameter in parameters:
+            self._layout.append((total, parameter.shape, parameter.contiguous().stride(), parameter.dtype))
+            total += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+        self.nbytes = sum(parameter.nbytes for parameter in parameters)
+        stored = _stored_part(parameters, [start for start, *_ in self._layout], total, storage)
+        self._released: list[Any] = [
+            ReleasedWeight(parameter, storage.device, partial(self._read, number))
+            for number, parameter in enumerate(parameters)
+        ]
+        del parameters
+        self._leave()
+        self._stored = stored
+        self._coming: Tensor | None = None
+        self._side_stream = torch.cuda.Stream(storage.device) if storage.device.type == "cuda" else None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the part that this rank stores, in bytes; the largest part of simulated ranks."""
+        return max(part.nbytes for part in rank_values(self._stored))
 
     def fetch(self) -> None:
         """Start to fetch the weights, if that has not been started yet."""
@@ -126,8 +170,53 @@ class Streamed(nn.Module):
             with torch.no_grad(), torch.cuda.stream(self._side_stream):  # None is no stream, which does nothing
                 self._coming = _bring(self._stored, self._storage)
 
+    def drop(self) -> None:
+        """Give up what was fetched and is not in use."""
+        if isinstance(self._coming, AsyncCollectiveTensor):
+            self._coming.wait()
+        self._coming = None
+
     @contextmanager
-    def _weights(self) -> Iterator[None]:
+    def present(self) -> Iterator[None]:
+        """Have the values in the body, in which a module runs; in the backward pass they are fetched again."""
+        if self._users:  # by a module that shares some of them, or runs inside of another one
+            self._users += 1
+            try:
+                yield
+            finally:
+                self._users -= 1
+            return
+        if autograd_task() == -1:
+            self.recent.clear()
+        buffer = self._fetched()
+        self._arrive(buffer)
+        self._users = 1
+        self.on_present(self)
+        if self.following is not None:
+            self.following.fetch()
+        try:
+            with ExitStack() as stack:
+                if torch.is_grad_enabled():
+                    stack.enter_context(_NotSaved(self, buffer))
+                del buffer
+                yield
+        finally:
+            self._users = 0
+            self._leave()
+
+    def values(self) -> list[Tensor]:
+        """The value of each weight; a collective if ranks store a part each."""
+        with torch.no_grad():
+            buffer = rank_values(self._fetched())[0]
+            return [self._view(buffer, number) for number in range(len(self._layout))]
+
+    def _read(self, number: int) -> Tensor:
+        """One weight, for code that reads it outside of its modules."""
+        self.reads += 1
+        return self.values()[number]
+
+    def _fetched(self) -> Tensor:
+        """The full buffer, on the device."""
         self.fetch()
         buffer, self._coming = self._coming, None
         assert buffer is not None
@@ -136,48 +225,94 @@ class Streamed(nn.Module):
         if self._side_stream is not None:
             torch.cuda.current_stream().wait_stream(self._side_stream)
             buffer.record_stream(torch.cuda.current_stream())
-        self._arrive(buffer)
-        for module in self.following:
-            module.fetch()
-        try:
-            yield
-        finally:
-            self._leave()
-
-    def _packed(self, total: int) -> Tensor:
-        """All parameters in one buffer of bytes, which divides into equal parts that are aligned for any dtype."""
-        divided = self._storage.divided
-        unit = ALIGNMENT * (1 if divided is None else divided.size())
-        first = getattr(*self._places[0])
-        buffer = torch.zeros(-(-total // unit) * unit, dtype=torch.uint8, device=first.device)
-        for (owner, name), (start, nbytes, _, _) in zip(self._places, self._layout, strict=True):
-            parameter = getattr(owner, name).detach().contiguous()
-            buffer[start : start + nbytes] = parameter.view(-1).view(torch.uint8)
         return buffer
 
+    def _view(self, buffer: Tensor, number: int) -> Tensor:
+        start, shape, stride, dtype = self._layout[number]
+        return buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).as_strided(shape, stride)
+
     def _arrive(self, buffer: Tensor) -> None:
-        for (owner, name), (start, nbytes, shape, dtype) in zip(self._places, self._layout, strict=True):
-            value = buffer[start : start + nbytes].view(dtype).view(shape)
-            if self._storage.mesh is not None:
+        for number, (released, places) in enumerate(zip(self._released, self._places, strict=True)):
+            for owner, name in places:
+                if owner._parameters.get(name) is not released:
+                    raise RuntimeError(f"the {name} of a {type(owner).__name__} was replaced, which {ELSEWHERE}")
+            value = self._view(buffer, number)
+            if self._storage.mesh is None:
+                value = rank_values(value)[0]
+            else:
                 value = DTensor.from_local(value, self._storage.mesh, [REPLICATED], run_check=False)
-            owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+            parameter = nn.Parameter(value, requires_grad=False)
+            for owner, name in places:
+                owner._parameters[name] = parameter
 
     def _leave(self) -> None:
-        for (owner, name), (_, _, shape, dtype) in zip(self._places, self._layout, strict=True):
-            nothing = torch.empty(shape, dtype=dtype, device="meta")
-            owner._parameters[name] = nn.Parameter(nothing, requires_grad=False)
+        for released, places in zip(self._released, self._places, strict=True):
+            for owner, name in places:
+                owner._parameters[name] = released
 
 
-def _store(buffer: Tensor, storage: Storage) -> Tensor:
-    """The part of a buffer that this rank stores."""
-    shard = buffer
-    if storage.divided is not None and storage.divided.size() > 1:
-        shard = place(buffer, storage.divided, [PARTS]).to_local().clone()
-    if storage.on_host:
-        shard = shard.cpu()
-        if storage.device.type == "cuda":
-            shard = shard.pin_memory()
-    return shard
+class Recent:
+    """The weights that a backward pass has fetched last, of all that are streamed for one model."""
+
+    def __init__(self) -> None:
+        self._weights: StreamedWeights | None = None
+        self._buffer: Tensor | None = None
+
+    def buffer_of(self, weights: StreamedWeights) -> Tensor:
+        if self._weights is not weights or self._buffer is None:
+            self.clear()
+            self._weights, self._buffer = weights, weights._fetched()
+            if weights.preceding is not None:
+                weights.preceding.fetch()
+        return self._buffer
+
+    def clear(self) -> None:
+        self._weights = self._buffer = None
+
+
+class _NotSaved(saved_tensors_hooks):
+    """Let autograd keep the place of a fetched weight, and fetch it again when the backward pass needs it."""
+
+    def __init__(self, weights: StreamedWeights, buffer: Tensor) -> None:
+        address = buffer.untyped_storage().data_ptr()
+
+        def pack(tensor: Tensor) -> Any:
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().data_ptr() != address:
+                return tensor
+            return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+        def unpack(saved: Any) -> Tensor:
+            if isinstance(saved, Tensor):
+                return saved
+            dtype, *place = saved
+            with torch.no_grad():
+                return weights.recent.buffer_of(weights).view(dtype).as_strided(*place)
+
+        super().__init__(pack, unpack)
+
+
+def _stored_part(parameters: Sequence[Tensor], starts: Sequence[int], total: int, storage: Storage) -> Tensor:
+    """The bytes that this rank stores of all parameters in a row, which begin at `starts`.
+
+    All ranks' parts are equally long, and aligned for any dtype. Nothing but the part is allocated, whose memory is
+    never taken for anything else: freed buffers of about its size would be left as holes between parts.
+    """
+    ranks = 1 if storage.divided is None else storage.divided.size()
+    size = -(-total // (ALIGNMENT * ranks)) * ALIGNMENT
+    rank = 0 if storage.divided is None else storage.divided.get_local_rank()
+    on_host = storage.on_host and storage.device.type == "cuda"
+    device = torch.device("cpu") if storage.on_host else storage.device
+
+    @on_each_rank
+    def part(rank: int, *flat: Tensor) -> Tensor:
+        stored = torch.zeros(size, dtype=torch.uint8, device=device, pin_memory=on_host)
+        for start, values in zip(starts, flat, strict=True):
+            first, last = max(start, rank * size), min(start + values.numel(), (rank + 1) * size)
+            if first < last:
+                stored[first - rank * size : last - rank * size] = values[first - start : last - start]
+        return stored
+
+    return part(rank, *(parameter.detach().contiguous().view(-1).view(torch.uint8) for parameter in parameters))
 
 
 def _bring(stored: Tensor, storage: Storage) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from meshdiff import Layout, Pipeline, init_mesh, simulate
 from meshdiff.distributed import weight_streaming
+from meshdiff.distributed.released_weight import ReleasedWeight
 from meshdiff.distributed.simulation import on_each_rank, rank_values
 from meshdiff.distributed.weight_streaming import Storage, Streamed, stream
 
@@ -16,7 +17,7 @@ from meshdiff.distributed.weight_streaming import Storage, Streamed, stream
 def stored_bytes(pipeline: Pipeline) -> list[int]:
     """Of each rank."""
     modules = [m for m in pipeline.model.transformer.modules() if isinstance(m, Streamed)]
-    parts = [rank_values(module._stored) for module in modules]
+    parts = [rank_values(module.weights._stored) for module in modules]
     return [sum(values[rank % len(values)].nbytes for values in parts) for rank in range(pipeline.mesh.size())]
 
 
@@ -31,7 +32,7 @@ def test_each_rank_stores_its_part_and_nothing_more(layout, offload):
         slack = len(names) * 64 * layout.world_size  # of alignment
         for own in stored_bytes(pipeline):
             assert whole / layout.world_size <= own <= (whole + slack) / layout.world_size
-    left = [name for name, parameter in model.transformer.named_parameters() if parameter.device.type != "meta"]
+    left = [name for name, weight in model.transformer.named_parameters() if not isinstance(weight, ReleasedWeight)]
     assert left == []
 
 
@@ -45,18 +46,18 @@ def test_the_clip_is_the_same_to_the_bit(options):
 
 
 def test_the_clip_is_wrong_when_one_rank_stores_something_else(monkeypatch):
-    store = weight_streaming._store
+    store = weight_streaming._stored_part
 
     @on_each_rank
     def damage(shard: torch.Tensor, rank: int) -> torch.Tensor:
         return shard ^ 1 if rank == 1 else shard
 
-    def store_badly(buffer, storage):
-        return damage(store(buffer, storage), storage.divided.get_local_rank())
+    def store_badly(parameters, starts, total, storage):
+        return damage(store(parameters, starts, total, storage), storage.divided.get_local_rank())
 
     with alone():
         expected, _ = make(Layout(), 2)
-    monkeypatch.setattr(weight_streaming, "_store", store_badly)
+    monkeypatch.setattr(weight_streaming, "_stored_part", store_badly)
     with simulate(3):
         video, _ = make(Layout(1, 3), 2, shard_weights=True)
     assert not torch.equal(video, expected)
@@ -79,9 +80,9 @@ class Recorder(nn.Module):
 
 def present(layers: nn.Sequential) -> list[str]:
     def state(layer: Streamed) -> str:
-        if layer.scale.device.type == "cpu":
+        if not isinstance(layer.scale, ReleasedWeight):
             return "here"
-        return "-" if layer._coming is None else "coming"
+        return "-" if layer.weights._coming is None else "coming"
 
     return [state(layer) for layer in layers]
 
@@ -103,7 +104,7 @@ def test_weights_leave_when_a_module_fails():
     stream(layers, [["0"]], lambda names: None, Storage(torch.device("cpu"), on_host=True))
     with pytest.raises(RuntimeError):
         layers(torch.ones(5))
-    assert layers[0].weight.device.type == "meta"
+    assert isinstance(layers[0].weight, ReleasedWeight)
     assert layers(torch.ones(2)).shape == (3,)
 
 
