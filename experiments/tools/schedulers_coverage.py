@@ -218,7 +218,7 @@ def attempt(case: Case, layout: Layout, mesh: DeviceMesh, start: int) -> dict[st
         model = pipelines.DiffusersModel(case.folder)
         request = Request(**REQUEST, **REQUESTS[case.pipeline])
         request = prepare_request(model, replace(request, steps=STEPS), layout)
-        run = model.run(mesh, torch.float32, pipelines.AUTO)
+        run = pipelines.DiffusersRun(model, mesh, torch.float32)
         clip = made(run, request)
         found = {"clip": clip, "finite": bool(clip.isfinite().all())}
         if not start:

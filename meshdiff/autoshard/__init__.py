@@ -14,6 +14,7 @@ before. The files, in the order in which a call goes through them:
 - `dispatch_mode`: which operations are known to be right on shards; all others run on replicated tensors.
 - `aliasing`: a write to what is a view on one device and a copy here is noticed before it happens.
 - `recorder`, `report`: what was done, and what was sent for it. `numerics` compares outputs.
+- `stored_weights`: weights that ranks store in parts, or in host memory, and fetch a block at a time.
 - `capture`: calls that have settled as graphs of one rank, without all of this.
 - `cfg`: the branches of a guided step at once, on the ranks of another mesh dim.
 - `snapshot`: a module and all that it holds, to see if it has changed and to put it back, with a policy for each use.
@@ -23,8 +24,18 @@ from __future__ import annotations
 
 from meshdiff.autoshard.capture.graph_capture import Backend
 from meshdiff.autoshard.cfg.batching import Guidance
-from meshdiff.autoshard.parallelize import parallelize
-from meshdiff.autoshard.parallelized import Parallelized
+from meshdiff.autoshard.parallelize import parallelize, storage_of
+from meshdiff.autoshard.parallelized import NO_CAPTURE, Parallelized
 from meshdiff.autoshard.report import Report
+from meshdiff.autoshard.stored_weights import StoredWeights
 
-__all__ = ["Backend", "Guidance", "Parallelized", "Report", "parallelize"]
+__all__ = [
+    "NO_CAPTURE",
+    "Backend",
+    "Guidance",
+    "Parallelized",
+    "Report",
+    "StoredWeights",
+    "parallelize",
+    "storage_of",
+]

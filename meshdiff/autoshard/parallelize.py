@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.strategy import AUTO
 from meshdiff.autoshard.capture.graph_capture import Backend
 from meshdiff.autoshard.parallelized import Parallelized
+from meshdiff.distributed.mesh import ranks_of_replica
+from meshdiff.distributed.weight_streaming import Storage
 
-__all__ = ["parallelize"]
+__all__ = ["parallelize", "storage_of"]
 
 
 def parallelize(
@@ -20,13 +23,16 @@ def parallelize(
     strategy: str = AUTO,
     verify: bool = False,
     capture: bool | Backend = False,
+    shard_weights: bool | DeviceMesh = False,
+    offload: bool = False,
 ) -> Parallelized:
     """Put a model on a mesh, as it is: from now on every call of it is sharded over the ranks.
 
-    Its code and weights stay as they are; weights are replicated. Every rank
-    calls it with the same plain tensors and gets the same plain tensors back;
-    every parameter's `.grad` gets the full gradient. At the entry of each block
-    the tokens become a DTensor that is sharded over the sequence. Operations
+    Its code and weights stay as they are; weights are replicated, unless
+    `shard_weights` or `offload` says otherwise. Every rank calls it with the
+    same plain tensors and gets the same plain tensors back; every parameter's
+    `.grad` gets the full gradient. At the entry of each block the tokens become
+    a DTensor that is sharded over the sequence. Operations
     that are not known to be right on shards run on replicated tensors, the same
     on every rank: that costs time, and `report()` names the places.
 
@@ -47,13 +53,34 @@ def parallelize(
             are; a function of a `torch.fx.GraphModule` makes of it what is run,
             `torch.compile` say. What the model's Python reads besides its arguments, its
             attributes and the globals that it names (a clock, a file) stays as it was.
+        shard_weights: each rank stores a part of every block's weights, and of every large module's outside of
+            blocks, and gathers them right before they are used, those of the next block while a block runs
+            (`meshdiff.autoshard.stored_weights`). True divides between the ranks of `mesh`; a mesh, as `init_mesh`
+            makes it, between all ranks of this rank's replica, which then have to call the module together.
+        offload: store them in host memory (pinned, for a GPU) and copy them to the device in the same way.
 
     Returns:
         A handle: `report()` describes the last new call, `graphs` has what
-        was captured, `remove()` takes the module off the mesh again.
+        was captured, `weights` says what is stored where, `remove()` takes the module off the mesh again.
 
     Raises:
-        ValueError: for a mesh with more than one dim, a compiled module, blocks that do not exist, or
-            `capture` in a simulation, where one graph would have to be every rank's.
+        ValueError: for a mesh with more than one dim, a compiled module, blocks that do not exist,
+            `capture` in a simulation, where one graph would have to be every rank's, or together with
+            `shard_weights` or `offload`, for a graph refers to weights by where they are; and if ranks have
+            different weights to divide.
     """
-    return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify, capture=capture)
+    storage = storage_of(mesh, shard_weights, offload)
+    return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify, capture=capture, storage=storage)
+
+
+def storage_of(mesh: DeviceMesh, shard_weights: bool | DeviceMesh, offload: bool) -> Storage | None:
+    """The place of the weights; None if they stay where they are."""
+    divided = shard_weights if isinstance(shard_weights, DeviceMesh) else mesh if shard_weights else None
+    if divided is not None and divided.ndim > 1:
+        divided = ranks_of_replica(divided)
+    if divided is not None and divided.size() == 1:
+        divided = None
+    if divided is None and not offload:
+        return None
+    device = torch.device("cuda", torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    return Storage(device, divided=divided, on_host=offload)

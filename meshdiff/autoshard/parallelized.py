@@ -36,12 +36,16 @@ from meshdiff.autoshard.recorder import Recorder
 from meshdiff.autoshard.report import Report
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot
 from meshdiff.autoshard.snapshot.policy import Policy
+from meshdiff.autoshard.stored_weights import StoredWeights
 from meshdiff.distributed.consensus import is_collective_error
 from meshdiff.distributed.rank_checks import check_alike, check_inputs, is_due
 from meshdiff.distributed.simulation import holds_all_ranks
 from meshdiff.distributed.torch_compat import autograd_task, tree_map_only, without_compiling
+from meshdiff.distributed.weight_streaming import Storage
 
-__all__ = ["Parallelized"]
+__all__ = ["NO_CAPTURE", "Parallelized"]
+
+NO_CAPTURE = "capture=True does not go together with shard_weights or offload: a graph refers to weights where they are"
 
 Forward = Callable[..., Any]
 
@@ -60,6 +64,7 @@ class Parallelized:
         strategy: str,
         verify: bool,
         capture: bool | Backend,
+        storage: Storage | None = None,
     ) -> None:
         if mesh.ndim != 1:
             raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
@@ -74,6 +79,8 @@ class Parallelized:
                 raise ValueError(f"blocks={missing} are no submodules of {type(module).__name__}")
         if capture and holds_all_ranks():
             raise ValueError("capture=True takes real ranks: in a simulation one graph would have to be every rank's")
+        if capture and storage is not None:
+            raise ValueError(NO_CAPTURE)
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
         self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.replicated_kinds: dict[str, str] = {}
@@ -102,6 +109,10 @@ class Parallelized:
             self._interceptions.append(Interception(module, self._call, self, innermost=True))
         elif self._captures is not None:
             self._interceptions.append(Interception(module, self._call_alone, self, innermost=True))
+        self.weights: StoredWeights | None = None
+        """What is stored elsewhere than on every rank's device; None if nothing is."""
+        if storage is not None:
+            self.weights = StoredWeights(module, storage, self.blocks)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -114,7 +125,7 @@ class Parallelized:
         """
         if self._report is None:
             raise RuntimeError("there is nothing to report before the first call, or on a mesh of one rank")
-        return replace(self._report, captured=self.captured)
+        return replace(self._report, captured=self.captured, weights=str(self.weights or ""))
 
     @property
     def graphs(self) -> list[GraphModule]:
@@ -134,7 +145,10 @@ class Parallelized:
         return self._report is not None
 
     def remove(self) -> None:
-        """Take the module off the mesh; hooks and forwards that others have put there stay."""
+        """Take the module off the mesh, its weights whole; hooks and forwards that others have put there stay."""
+        if self.weights is not None:
+            self.weights.remove()
+            self.weights = None
         for interception in self._interceptions:
             interception.remove()
 

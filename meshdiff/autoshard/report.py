@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.autoshard.recorder import BlockRecord, Line, Recorder, Sent
 
-__all__ = ["Report"]
+__all__ = ["Report", "size_in_words"]
 
 OUTSIDE = "outside of blocks"
 
@@ -32,6 +32,7 @@ class Report:
         blocks: a record of each block; the one without a name is of operations outside of blocks.
         replicated_kinds: kinds of blocks that ran on replicated tensors, and why; "" is the full model.
         captured: the result of capturing its calls; "" if that was not requested.
+        weights: where they are stored; "" if every rank's device has all of them.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Report:
     blocks: tuple[BlockRecord, ...]
     replicated_kinds: dict[str, str]
     captured: str = ""
+    weights: str = ""
 
     @classmethod
     def of(cls, module: nn.Module, mesh: DeviceMesh, recorder: Recorder, replicated_kinds: dict[str, str]) -> Report:
@@ -79,7 +81,7 @@ class Report:
 
     def __str__(self) -> str:
         title = f"{self.model} on {self.ranks} ranks: {_percent(self.sharded_share)} of its operations are sharded"
-        parts = [title, *([self.captured] if self.captured else []), ""]
+        parts = [title, *filter(None, (self.captured, self.weights)), ""]
         for kind, reason in self.replicated_kinds.items():
             parts += [f"{kind or 'All of it'} runs replicated on every rank: {reason}", ""]
         if self.blocks:
@@ -91,7 +93,7 @@ class Report:
             parts += _columns(
                 ["", "", "", "", ""],
                 [
-                    [f"{row['calls']} x", row["collective"], _bytes(row["bytes"]), row["line"], row["code"][:60]]
+                    [f"{row['calls']} x", row["collective"], size_in_words(row["bytes"]), row["line"], row["code"][:60]]
                     for row in self.sent()
                 ],
             )[1:]
@@ -153,7 +155,7 @@ def _line(blocks: list[BlockRecord]) -> list[str]:
     attention = f"{first.attention_sharded} of {total} on shards" if total else ""
     sent = sum(sent.bytes for sent in first.sent.values())
     collectives = ", ".join(f"{count} {kind}" for kind, count in _collectives(first).items())
-    return [name, first.kind, f"{_bar(share)} {_percent(share):>4}", attention, _bytes(sent), collectives]
+    return [name, first.kind, f"{_bar(share)} {_percent(share):>4}", attention, size_in_words(sent), collectives]
 
 
 def _percent(share: float) -> str:
@@ -165,7 +167,8 @@ def _bar(share: float) -> str:
     return "█" * full + "·" * (WIDTH - full)
 
 
-def _bytes(number: float) -> str:
+def size_in_words(number: float) -> str:
+    """A number of bytes for a person to read."""
     if not number:
         return "nothing"
     for unit in ("B", "KiB", "MiB"):

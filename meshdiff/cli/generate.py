@@ -68,8 +68,8 @@ def generate(
 
     with CommsCounter(pipeline.mesh) as comms:
         video = pipeline.generate(request, on_step=step, on_stage=stage)
-    request, captured = config.entry.made(pipeline, request, video)
-    metrics = collect(pipeline, request, layout, timer, memory, comms, {**config.of_run(), "captured": captured})
+    request, facts = config.entry.made(pipeline, request, video)
+    metrics = collect(pipeline, request, layout, timer, memory, comms, {**config.of_run(), **facts})
     if not video.isfinite().all():
         raise InputError(
             f"--dtype {metrics.dtype}",
@@ -146,7 +146,7 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
         for name, traffic in collectives.items():
             sent = f"{traffic['count']} x {name}, {traffic['bytes'] / 2**20:.2f} MiB sent by a rank"
             table.add_row(f"{dim} traffic", sent)
-    for name, told in metrics.captured.items():
+    for name, told in [*metrics.captured.items(), *metrics.stored_weights.items()]:
         table.add_row(name, told)
     table.add_row("written", str(out))
     return table

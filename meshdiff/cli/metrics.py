@@ -120,6 +120,8 @@ class RunMetrics:
     compiled: bool
     captured: dict[str, str]
     """The outcome of capturing the calls of each transformer, if capture was requested."""
+    stored_weights: dict[str, str]
+    """Of each part of a pipeline of diffusers with divided or offloaded weights, what each rank stores, and where."""
     shard_weights: bool
     low_memory: int
     seconds_total: float

@@ -63,10 +63,10 @@ class ModelFlags:
     the sixth where the first finds text to shard."""
     shard_weights: bool = False
     """Each rank stores its part of every weight and gathers a block's at a time. Without it every rank stores all
-    weights: --cp and --cfg divide the work and the activations only."""
+    weights: --cp and --cfg divide the work and the activations only. diffusers: of transformers and text encoders."""
     low_memory: Literal[0, 1, 2, 3] = 0
-    """0: everything on the device. 1: decoded tiles are put together in host memory. 2: the text encoder, too, comes
-    from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""
+    """0: everything on the device. 1: decoded tiles are put together in host memory (Wan). 2: the text encoder, too,
+    comes from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""
     tile: int = 256
     """Wan: pixels a side of the tiles that the ranks decode, a quarter of which overlaps; 0 decodes every frame in one
     piece, on every rank."""
@@ -125,6 +125,13 @@ class ModelFlags:
                 flag = "--dim, --depth, --heads" if name == "shape" else f"--{name.replace('_', '-')}"
                 others = " or ".join(other for other, its in MODELS.items() if name in its.flags)
                 raise InputError(flag, f"is for --model {others}; this is --model {self.model}: leave it out")
+        captures = "capture" in entry.flags and (self.capture or self.compile)
+        if captures and (self.shard_weights or self.low_memory == 3):
+            raise InputError(
+                "--compile" if self.compile else "--capture",
+                "needs the transformer's weights where they are, whole; leave it out, or --shard-weights and "
+                "--low-memory 3",
+            )
         if self.strategy not in entry.strategies:
             raise InputError(
                 f"--strategy {self.strategy}",
@@ -132,8 +139,10 @@ class ModelFlags:
             )
 
 
-Made = tuple[Request, Mapping[str, str]]
-"""A request with the sizes of the clip that was made, and the outcome of capturing each transformer."""
+Made = tuple[Request, Mapping[str, Mapping[str, str]]]
+"""A request with the sizes of the clip that was made, and fields of `RunMetrics` that only the run knows."""
+
+NO_FACTS: Mapping[str, Mapping[str, str]] = {"captured": {}, "stored_weights": {}}
 
 
 def _pipeline(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Pipeline:
@@ -168,7 +177,10 @@ class ModelEntry:
     """Function that returns the number of guidance branches of a step, given the model."""
     unguided: Callable[[Any], str] = lambda model: "guidance scale 1"
     """Function that returns the reason for a single branch, or the condition for two, given the model."""
-    made: Callable[[Any, Request, Tensor], Made] = lambda run, request, clip: (request, {})
+    made: Callable[[Any, Request, Tensor], Made] = lambda run, request, clip: (
+        request,
+        {"captured": {}, "stored_weights": {}},
+    )
     """Function that returns a `Made`, given the result of `run`, the request and the clip."""
 
 
@@ -215,7 +227,16 @@ def _open_wan(flags: ModelFlags) -> WanModel:
 
 
 def _run_diffusers(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Any:
-    return model.run(mesh, flags.torch_dtype, flags.strategy, torch.compile if flags.compile else flags.capture)
+    return import_diffusers().DiffusersRun(
+        model,
+        mesh,
+        flags.torch_dtype,
+        strategy=flags.strategy,
+        capture=torch.compile if flags.compile else flags.capture,
+        shard_weights=flags.shard_weights,
+        offload=flags.low_memory >= 3,
+        offload_text=flags.low_memory >= 2,
+    )
 
 
 OURS = frozenset({"shard_weights", "low_memory", "simulate"})
@@ -237,14 +258,14 @@ MODELS: dict[ModelName, ModelEntry] = {
     "diffusers": ModelEntry(
         open=lambda flags: import_diffusers().DiffusersModel(flags.checkpoint),
         defaults=lambda: import_diffusers().DiffusersModel.DEFAULTS,
-        flags=frozenset({"checkpoint", "capture"}),
+        flags=frozenset({"checkpoint", "capture", "shard_weights", "low_memory"}),
         strategies=tuple(name for name in get_args(StrategyFlag) if name != "hybrid"),
         checkpoint="the folder of a pipeline, or make a tiny one: "
         "python -m experiments.tiny_models.pipelines flux --out tiny-flux",
         run=_run_diffusers,
         branches=lambda model, request: model.branches(request),
         unguided=lambda model: model.guidance_needs,
-        made=lambda run, request, clip: (run.done(request, clip), run.parallel.captured()),
+        made=lambda run, request, clip: (run.done(request, clip), run.facts()),
     ),
     "random": ModelEntry(
         open=lambda flags: RandomModel(flags.shape),

@@ -9,7 +9,7 @@ Every rank runs the pipeline, and gets the same images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import diffusers
 from diffusers import DiffusionPipeline
@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.strategy import AUTO
-from meshdiff.autoshard import Backend, Guidance, Parallelized, Report
+from meshdiff.autoshard import NO_CAPTURE, Backend, Guidance, Parallelized, Report, StoredWeights, storage_of
 from meshdiff.autoshard import parallelize as parallelize_module
 
 __all__ = ["Parallel", "parallelize"]
@@ -38,14 +38,20 @@ class Parallel:
     Attributes:
         models: those that share the sequence, by name.
         guidance: those that share the guidance branches, by name.
+        weights: of models whose weights are divided or in host memory, what is stored where, by name.
     """
 
     models: dict[str, Parallelized]
     guidance: dict[str, Guidance]
+    weights: dict[str, StoredWeights] = field(default_factory=dict)
 
     def report(self) -> dict[str, Report]:
         """The report of each model that has been called; see `meshdiff.parallelize`."""
-        return {name: model.report() for name, model in self.models.items() if model.was_called}
+        return {
+            name: replace(model.report(), weights=str(self.weights.get(name, "")))
+            for name, model in self.models.items()
+            if model.was_called
+        }
 
     def captured(self) -> dict[str, str]:
         """The outcome of capturing the calls of each model, in one line; none if capture was not requested."""
@@ -58,6 +64,9 @@ class Parallel:
 
     def remove(self) -> None:
         """Take the models off the mesh."""
+        for weights in self.weights.values():
+            weights.remove()
+        self.weights.clear()
         for of_model in (self.guidance, self.models):
             for handle in of_model.values():
                 handle.remove()
@@ -70,6 +79,9 @@ def parallelize(
     strategy: str = AUTO,
     verify: bool = False,
     capture: bool | Backend = False,
+    shard_weights: bool = False,
+    offload: bool = False,
+    offload_text: bool = False,
 ) -> Parallel:
     """Put a model of diffusers, or the transformers of a pipeline, on a mesh.
 
@@ -86,16 +98,22 @@ def parallelize(
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call with that of the original model; see `meshdiff.parallelize`.
         capture: run calls that have settled as graphs, without the model's Python; see `meshdiff.parallelize`.
+        shard_weights: each rank of the mesh stores a part of the weights of the transformers and of the text encoders,
+            and gathers those of a block at a time; see `meshdiff.parallelize`.
+        offload: those of the transformers are stored in host memory.
+        offload_text: those of the text encoders are.
 
     Raises:
-        ValueError: for a pipeline without transformer, or another mesh.
+        ValueError: for a pipeline without transformer, or another mesh; and as `meshdiff.parallelize`.
     """
     names = mesh.mesh_dim_names or ()
     if not names or set(names) - {"cfg", "cp"}:
         raise ValueError(f'parallelize takes a mesh of dims "cfg" and "cp"; given {names or "dims without names"}')
+    encoders: dict[str, nn.Module] = {}
     if isinstance(model, PIPELINES):
         parts = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
         modules = {name: part for name, part in parts.items() if name.startswith("transformer")}
+        encoders = {name: part for name, part in parts.items() if "text_encoder" in name}
         if not modules:
             raise ValueError(
                 f"{type(model).__name__} has no transformer to share out; its models are {', '.join(parts)}"
@@ -104,6 +122,8 @@ def parallelize(
         modules = {type(model).__name__: model}
     else:
         raise ValueError(f"parallelize takes a model or a pipeline of diffusers; given a {type(model).__name__}")
+    if capture and (shard_weights or offload):
+        raise ValueError(NO_CAPTURE)
     parallel = Parallel({}, {})
     try:
         for name, module in modules.items():
@@ -114,6 +134,11 @@ def parallelize(
                 )
             if "cfg" in names:
                 parallel.guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
+        for kind, on_host in ((modules, offload), (encoders, offload_text)):
+            storage = storage_of(mesh, shard_weights, on_host)
+            for name, module in kind.items():
+                if storage is not None and not any(one.module is module for one in parallel.weights.values()):
+                    parallel.weights[name] = StoredWeights(module, storage)
     except Exception:
         parallel.remove()  # a pipeline is on the mesh as a whole, or not at all
         raise

@@ -159,10 +159,6 @@ class DiffusersModel:
                 named.append(_flag(name))
         return InputError(", ".join(named) or "--model diffusers", f"a {self.kind} refuses it: {words}")
 
-    def run(self, mesh: DeviceMesh, dtype: torch.dtype, strategy: str, capture: bool | Backend = False) -> DiffusersRun:
-        """The pipeline, loaded, its transformers on the mesh."""
-        return DiffusersRun(self, mesh, dtype, strategy, capture)
-
 
 class DiffusersRun:
     """A pipeline of diffusers on a mesh, with the interface of `meshdiff.Pipeline`.
@@ -173,6 +169,7 @@ class DiffusersRun:
         dtype: of weights and activations.
         strategy: of mesh attention.
         capture: run settled calls of the transformers as graphs; see `meshdiff.parallelize`.
+        shard_weights, offload, offload_text: the place of weights; see `meshdiff.integrations.diffusers.parallelize`.
     """
 
     def __init__(
@@ -182,6 +179,9 @@ class DiffusersRun:
         dtype: torch.dtype,
         strategy: str = AUTO,
         capture: bool | Backend = False,
+        shard_weights: bool = False,
+        offload: bool = False,
+        offload_text: bool = False,
     ) -> None:
         self.model = model
         self.replica = mesh.get_local_rank(DP) if DP in (mesh.mesh_dim_names or ()) else 0
@@ -199,15 +199,19 @@ class DiffusersRun:
         except Exception as error:  # of whichever library reads a part
             reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
             raise model.unreadable(reason) from error
-        try:
-            self.pipeline.to(mesh.device_type)
-        except NotImplementedError as error:  # what no file has is left without memory
-            raise model.unreadable("it has no weights for some of its layers") from error
+        parts = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+        if any(parameter.is_meta for part in parts for parameter in part.parameters()):
+            raise model.unreadable("it has no weights for some of its layers")
+        options = {"shard_weights": shard_weights, "offload": offload, "offload_text": offload_text}
         self.pipeline.set_progress_bar_config(disable=True)
         try:
-            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy, capture=capture)
+            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy, capture=capture, **options)
         except ValueError as error:
             raise InputError("--checkpoint", f"{error}; name the folder of a pipeline that has one") from error
+        stored = [weights.module for weights in self.parallel.weights.values()]
+        for part in parts:  # the others are where they are to be already
+            if not any(part is module for module in stored):
+                part.to(mesh.device_type)
         schedulers = [part for part in self.pipeline.components.values() if isinstance(part, SchedulerMixin)]
         self.fresh = [(scheduler, copy.deepcopy(vars(scheduler))) for scheduler in schedulers]
 
@@ -250,6 +254,11 @@ class DiffusersRun:
         for scheduler, state in self.fresh:  # in place, as parts of a pipeline may share one
             vars(scheduler).clear()
             vars(scheduler).update(copy.deepcopy(state))
+
+    def facts(self) -> dict[str, dict[str, str]]:
+        """The outcome of capturing calls, and where weights are, for `metrics.json`; each by the name of a part."""
+        weights = {name: str(stored) for name, stored in self.parallel.weights.items()}
+        return {"captured": self.parallel.captured(), "stored_weights": weights}
 
     @staticmethod
     def done(request: Request, clip: Tensor) -> Request:

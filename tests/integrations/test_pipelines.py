@@ -165,6 +165,29 @@ def test_captured_steps_make_the_same_clip(folders, tmp_path):
     assert torch.linalg.vector_norm(videos[0] - videos[2]) <= BOUND * torch.linalg.vector_norm(videos[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "flags"),
+    [
+        ("flux", ["--cp", "2", "--cfg", "1"], ["--shard-weights", "--low-memory", "3"]),
+        ("wan", ["--cfg", "2", "--frames", "5"], ["--shard-weights"]),
+    ],
+)
+def test_weights_that_are_stored_elsewhere_make_the_same_clip(name, layout, flags, folders, tmp_path):
+    small = [*FLAGS[:-4], "--height", "32", "--width", "48", "--checkpoint", str(folders / name), *layout]
+    videos, gathers = [], []
+    for number, weights in enumerate(([], flags)):
+        out = tmp_path / f"{number}"
+        clip(2, [*small, *weights, "--out", str(out)], tmp_path)
+        videos.append(load_file(out / "video.safetensors")["video"])
+        metrics = json.loads((out / "metrics.json").read_text())
+        gathers.append(sum(of_dim["all_gather"]["count"] for of_dim in metrics["comms"].values()))
+        encoders = {"text_encoder", "text_encoder_2"} if name == "flux" else {"text_encoder"}
+        assert metrics["stored_weights"].keys() == ({"transformer"} | encoders if weights else set())
+        assert all("divided between 2 ranks" in words for words in metrics["stored_weights"].values())
+    assert torch.equal(*videos)
+    assert gathers[0] < gathers[1]
+
+
 def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
     (tmp_path / "list.txt").write_text("a cat\n")
     flags = ["--model", "diffusers", "--wandb", "disabled", "--height", "16", "--width", "16"]
@@ -183,7 +206,11 @@ def test_a_list_may_leave_the_steps_to_the_pipeline(folders, tmp_path):
         (["--checkpoint", "promptless"], "--checkpoint: promptless is a .*, which takes no prompt; name the folder of"),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("bare", "cut", "garbled")),
         *((["--checkpoint", name], f"--checkpoint: {name} {AGAIN}") for name in ("deeper", "newer")),
-        (["--checkpoint", "flux", "--shard-weights"], "--shard-weights: is for --model digits or wan or random"),
+        (["--checkpoint", "flux", "--capture", "--shard-weights"], "--capture: needs the transformer's weights where"),
+        (
+            ["--checkpoint", "flux", "--compile", "--low-memory", "3"],
+            "--compile: needs the transformer's weights where",
+        ),
         (["--checkpoint", "flux", "--strategy", "hybrid"], "--strategy hybrid: is not for --model diffusers"),
         (["--checkpoint", "flux", "--frames", "9"], "--frames: is no option of a FluxPipeline"),
         (["--checkpoint", "flux", "--shift", "3"], "--shift: is the pipeline's own"),

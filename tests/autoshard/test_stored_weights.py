@@ -1,0 +1,267 @@
+"""Weights of others' models, stored in parts or in host memory: the same bits, 1/N of the bytes, one gather a block."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_on_every_rank
+from tiny import alone
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import T5Config, T5EncoderModel
+from weight_kinds import CHANNELS, Model
+
+from experiments.tiny_models.transformers import TINY
+from meshdiff import CommsCounter, Layout, init_mesh, parallelize, simulate
+from meshdiff.autoshard.stored_weights import StoredWeights
+from meshdiff.distributed import weight_streaming
+from meshdiff.distributed.mesh import ranks_of_replica
+from meshdiff.distributed.released_weight import ReleasedWeight
+from meshdiff.distributed.simulation import on_each_rank, outside, unwrap
+from meshdiff.distributed.weight_streaming import ALIGNMENT, Storage
+
+CPU = torch.device("cpu")
+TOKENS = torch.randn(1, 7, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+
+def called(module: nn.Module, arguments: dict[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        return [unwrap(leaf) for leaf in tree_leaves(module(**arguments)) if isinstance(leaf, Tensor)]
+
+
+def text_encoder() -> nn.Module:
+    config = T5Config(vocab_size=99, d_model=24, d_kv=6, d_ff=37, num_layers=3, num_heads=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return T5EncoderModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "on_host"),
+    [
+        ("FluxTransformer2DModel", Layout(1, 3), False),
+        ("WanTransformer3DModel", Layout(2, 2), True),
+        ("text encoder", Layout(1, 3), True),
+        ("text encoder", Layout(2, 2), False),
+    ],
+    ids=str,
+)
+def test_a_rank_stores_its_part_and_the_bits_stay(name, layout, on_host):
+    if name == "text encoder":
+        module, arguments = text_encoder(), {"input_ids": torch.arange(12).view(2, 6)}
+    else:
+        module, arguments = TINY[name].build(), {**TINY[name].arguments(), "return_dict": False}
+    plain = copy.deepcopy(module)
+    nbytes = sum(parameter.nbytes for parameter in module.parameters())
+    number = len([*module.parameters()])
+    with simulate(layout.world_size):
+        mesh = init_mesh(layout, "cpu")
+        if name != "text encoder":
+            parallelize(plain, mesh["cp"])
+            parallelize(module, mesh["cp"])
+        with outside():
+            arguments = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+        expected = called(plain, arguments)
+        stored = StoredWeights(module, Storage(CPU, divided=ranks_of_replica(mesh), on_host=on_host))
+        assert stored.nbytes == nbytes
+        assert stored.resident_bytes < 0.05 * nbytes
+        part = (nbytes - stored.resident_bytes) / layout.world_size
+        assert part <= stored.stored_bytes <= part + 2 * ALIGNMENT * number
+        for _ in range(2):
+            assert all(torch.equal(*pair) for pair in zip(called(module, arguments), expected, strict=True))
+        assert f"divided between {layout.world_size} ranks" in str(stored)
+        assert "read outside" not in str(stored)
+
+
+def test_host_memory_alone_needs_no_ranks():
+    module = Model()
+    expected = called(module, {"tokens": TOKENS})
+    stored = StoredWeights(module, Storage(CPU, on_host=True))
+    assert torch.equal(called(module, {"tokens": TOKENS})[0], expected[0])
+    assert stored.stored_bytes >= stored.nbytes - stored.resident_bytes > 0
+    assert "in host memory" in str(stored)
+
+
+def gathers_of_ranks() -> dict[str, Any]:
+    """What a call sends on real ranks or simulated ones, and the sizes of what it fetches."""
+    with outside():
+        module, tokens = Model(), TOKENS.clone()
+    mesh = init_mesh(Layout(1, torch.distributed.get_world_size()), "cpu")
+    stored = StoredWeights(module, Storage(CPU, divided=ranks_of_replica(mesh)))
+    with CommsCounter(stored._storage.divided) as comms:
+        output = called(module, {"tokens": tokens})
+    return {"sent": comms.as_dict(), "stored": [weights.stored_bytes for weights in stored._weights], "output": output}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_call_gathers_each_block_once_and_nothing_else(ranks, tmp_path):
+    with simulate(ranks):
+        simulated = gathers_of_ranks()
+    for of_rank in [simulated, *run_on_every_rank(gathers_of_ranks, ranks, tmp_path)]:
+        assert len(of_rank["stored"]) == 3  # two blocks and the head
+        (of_dim,) = of_rank["sent"].values()
+        assert of_dim == {"all_gather": {"count": 3, "bytes": sum(of_rank["stored"]) * (ranks - 1)}}
+        assert torch.equal(of_rank["output"][0], called(Model(), {"tokens": TOKENS})[0])
+
+
+def test_the_output_is_wrong_when_one_rank_stores_something_else(monkeypatch):
+    store = weight_streaming._stored_part
+
+    @on_each_rank
+    def damage(shard: Tensor, rank: int) -> Tensor:
+        return shard ^ 1 if rank == 1 else shard
+
+    def store_badly(*parameters: Any) -> Tensor:
+        storage = parameters[-1]
+        return damage(store(*parameters), storage.divided.get_local_rank())
+
+    monkeypatch.setattr(weight_streaming, "_stored_part", store_badly)
+    with simulate(3):
+        damaged = gathers_of_ranks()["output"][0]
+    assert not torch.equal(damaged, called(Model(), {"tokens": TOKENS})[0])
+
+
+def test_the_weights_of_the_next_block_are_on_their_way_from_the_second_call_on():
+    module, seen = Model(), []
+    stored = StoredWeights(module, Storage(CPU, on_host=True))
+    for block in module.blocks:
+        block.use = lambda block, made: seen.append([w._coming is not None for w in stored._weights]) or made
+    for _ in range(2):
+        called(module, {"tokens": TOKENS})
+    nothing, second, third = [False] * 3, [False, True, False], [False, False, True]
+    assert seen == [nothing, nothing, second, third]
+    assert [weights._coming for weights in stored._weights] == [None] * 3
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_weight_that_is_read_elsewhere_is_fetched_for_it(ranks):
+    class Reading(Model):
+        def forward(self, tokens: Tensor) -> tuple[Tensor]:
+            (made,) = super().forward(tokens)
+            return (nn.functional.linear(made, self.blocks[0].attn_out.weight) * self.head.weight[0],)
+
+    module = Reading()
+    expected = called(module, {"tokens": TOKENS})[0]
+    with simulate(ranks) if ranks > 1 else alone():
+        mesh = init_mesh(Layout(1, ranks), "cpu")
+        parallelize(module, mesh["cp"])
+        stored = StoredWeights(module, Storage(CPU, divided=ranks_of_replica(mesh)))
+        with outside():
+            tokens = TOKENS.clone()
+        torch.testing.assert_close(called(module, {"tokens": tokens})[0], expected)
+        assert "times one was read outside of its module" in str(stored)
+
+
+class Adapted(nn.Module):
+    """A frozen layer and an adapter that is trained."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.down = layer, nn.Linear(CHANNELS, 2, bias=False)
+        self.up = nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def adapted() -> Model:
+    torch.manual_seed(0)
+    module = Model().requires_grad_(False)
+    for block in module.blocks:
+        block.attn_out = Adapted(block.attn_out)
+    return module
+
+
+def test_adapters_get_their_gradients_and_the_weights_are_not_kept_for_them():
+    module, expected = adapted(), adapted()
+    stored = StoredWeights(module, Storage(CPU, on_host=True))
+    trained = {name for name, parameter in module.named_parameters() if not isinstance(parameter, ReleasedWeight)}
+    assert trained == {f"blocks.{i}.attn_out.{part}.weight" for i in (0, 1) for part in ("down", "up")}
+    expected(TOKENS)[0].square().sum().backward()
+    (made,) = module(TOKENS)
+    again: list[int] = []
+    for number, weights in enumerate(stored._weights):
+        weights._fetched = lambda number=number, fetch=weights._fetched: again.append(number) or fetch()
+    made.square().sum().backward()
+    assert again == [2, 1]  # before the first adapter nothing has a gradient
+    for name in trained:
+        assert torch.equal(module.get_parameter(name).grad, expected.get_parameter(name).grad)
+
+
+def test_weights_that_would_need_gradients_are_refused():
+    module = Model()
+    StoredWeights(module, Storage(CPU, on_host=True))
+    with pytest.raises(RuntimeError, match=r"weights that are stored elsewhere get none; call it under torch.no_grad"):
+        module(TOKENS)
+
+
+CHANGES = {
+    "a write": lambda model: nn.init.zeros_(model.head.weight),
+    "a write to data": lambda model: model.head.weight.data.mul_(2),
+    "other data": lambda model: setattr(model.head.weight, "data", torch.zeros(CHANNELS, CHANNELS)),
+    "another parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(CHANNELS, CHANNELS))),
+    "another dtype": lambda model: model.to(torch.bfloat16),
+    "no memory": lambda model: model.to("meta"),
+    "weights of a file": lambda model: model.load_state_dict(Model().state_dict()),
+    "weights of a file, assigned": lambda model: model.load_state_dict(Model().state_dict(), assign=True),
+    "training": lambda model: model.requires_grad_(True),
+    "training of one": lambda model: setattr(model.head.weight, "requires_grad", True),
+    "saving": lambda model: torch.save(model.state_dict(), io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_weights_raises_then_or_in_the_next_call(name):
+    module = Model().requires_grad_(False)
+    StoredWeights(module, Storage(CPU, on_host=True))
+
+    def change_and_call() -> None:
+        CHANGES[name](module)
+        module(TOKENS)
+
+    with pytest.raises(RuntimeError, match=r"(which|a weight that) is divided between"):
+        change_and_call()
+
+
+def test_what_changes_nothing_is_allowed():
+    module = Model()
+    expected = called(module, {"tokens": TOKENS})[0]
+    StoredWeights(module, Storage(CPU, on_host=True))
+    module.to("cpu").to(torch.float32).eval().requires_grad_(False)
+    assert torch.equal(called(copy.deepcopy(module), {"tokens": TOKENS})[0], expected)
+    with torch.inference_mode():
+        assert torch.equal(module(TOKENS)[0], expected)
+    assert sum(parameter.nbytes for parameter in module.parameters()) == sum(p.nbytes for p in Model().parameters())
+    assert module.head.weight.sum() == Model().head.weight.sum()
+
+
+def test_weights_are_put_back_as_they_were():
+    module = Model()
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in module.named_parameters()}
+    stored = StoredWeights(module, Storage(CPU, on_host=True))
+    with pytest.raises(ValueError, match="stored elsewhere already"):
+        StoredWeights(module, Storage(CPU, on_host=True))
+    stored.remove()
+    for name, parameter in module.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert stored.stored_bytes == 0
+
+
+def test_a_weight_that_modules_share_is_stored_once():
+    module = Model()
+    module.blocks[1].to_qkv.weight = module.blocks[0].to_qkv.weight
+    module.head.weight = module.blocks[1].attn_out.weight
+    expected = called(module, {"tokens": TOKENS})[0]
+    nbytes = sum(parameter.nbytes for parameter in module.parameters())
+    stored = StoredWeights(module, Storage(CPU, on_host=True))
+    assert stored.nbytes == nbytes
+    for _ in range(2):
+        assert torch.equal(called(module, {"tokens": TOKENS})[0], expected)
+    stored.remove()
+    assert module.blocks[1].to_qkv.weight is module.blocks[0].to_qkv.weight
+    assert module.head.weight is module.blocks[1].attn_out.weight
