@@ -10,9 +10,22 @@ from torch import Tensor, nn
 
 from meshdiff.distributed.torch_compat import disabled_torch_function, make_wrapper_subclass, tree_map_only
 
-__all__ = ["ELSEWHERE", "ReleasedWeight"]
+__all__ = ["ELSEWHERE", "ReleasedWeight", "in_memory_order"]
 
 ELSEWHERE = "is divided between ranks or in host memory; change the model before that, or remove() it first"
+
+
+def in_memory_order(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The values of a tensor `[elements]` as they lie in memory, and the strides that make the tensor of them.
+
+    A view, unless there are gaps between the values or several are in one place; then the values in the order of a
+    contiguous tensor.
+    """
+    strides = tensor.stride()
+    permuted = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
+    if permuted.is_contiguous():
+        return permuted.reshape(-1), strides
+    return tensor.contiguous().view(-1), tensor.contiguous().stride()
 
 
 class ReleasedWeight(Tensor):
@@ -31,7 +44,7 @@ class ReleasedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, weight: Tensor, device: torch.device, fetch: Callable[[], Tensor]) -> ReleasedWeight:
-        stride = weight.contiguous().stride()
+        stride = in_memory_order(weight)[1]
         made = make_wrapper_subclass(cls, weight.shape, strides=stride, dtype=weight.dtype, device=device)
         made.fetch, made._is_param = fetch, True
         return made

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshdiff.distributed.placements import PARTS, REPLICATED
-from meshdiff.distributed.released_weight import ELSEWHERE, ReleasedWeight
+from meshdiff.distributed.released_weight import ELSEWHERE, ReleasedWeight, in_memory_order
 from meshdiff.distributed.simulation import on_each_rank, rank_values
 from meshdiff.distributed.torch_compat import AsyncCollectiveTensor, autograd_task
 
@@ -145,7 +145,7 @@ class StreamedWeights:
         total = 0
         parameters = [getattr(*of_parameter[0]) for of_parameter in self._places]
         for parameter in parameters:
-            self._layout.append((total, parameter.shape, parameter.contiguous().stride(), parameter.dtype))
+            self._layout.append((total, parameter.shape, in_memory_order(parameter)[1], parameter.dtype))
             total += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
         self.nbytes = sum(parameter.nbytes for parameter in parameters)
         stored = _stored_part(parameters, [start for start, *_ in self._layout], total, storage)
@@ -261,7 +261,7 @@ class Recent:
     def buffer_of(self, weights: StreamedWeights) -> Tensor:
         if self._weights is not weights or self._buffer is None:
             self.clear()
-            self._weights, self._buffer = weights, weights._fetched()
+            self._weights, self._buffer = weights, rank_values(weights._fetched())[0]
             if weights.preceding is not None:
                 weights.preceding.fetch()
         return self._buffer
@@ -274,7 +274,7 @@ class _NotSaved(saved_tensors_hooks):
     """Let autograd keep the place of a fetched weight, and fetch it again when the backward pass needs it."""
 
     def __init__(self, weights: StreamedWeights, buffer: Tensor) -> None:
-        address = buffer.untyped_storage().data_ptr()
+        address = rank_values(buffer)[0].untyped_storage().data_ptr()
 
         def pack(tensor: Tensor) -> Any:
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().data_ptr() != address:
@@ -312,7 +312,8 @@ def _stored_part(parameters: Sequence[Tensor], starts: Sequence[int], total: int
                 stored[first - rank * size : last - rank * size] = values[first - start : last - start]
         return stored
 
-    return part(rank, *(parameter.detach().contiguous().view(-1).view(torch.uint8) for parameter in parameters))
+    flat = (in_memory_order(parameter.detach())[0].view(torch.uint8) for parameter in parameters)
+    return part(rank, *flat)
 
 
 def _bring(stored: Tensor, storage: Storage) -> Tensor:

@@ -12,6 +12,7 @@ from ranks import run_on_every_rank
 from tiny import alone
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5EncoderModel
 from weight_kinds import CHANNELS, Model
 
@@ -168,9 +169,16 @@ class Adapted(nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
-def adapted() -> Model:
+class Checkpointed(Model):
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False)
+        return (self.head(tokens),)
+
+
+def adapted(kind: type[Model] = Model) -> Model:
     torch.manual_seed(0)
-    module = Model().requires_grad_(False)
+    module = kind().requires_grad_(False)
     for block in module.blocks:
         block.attn_out = Adapted(block.attn_out)
     return module
@@ -190,6 +198,29 @@ def test_adapters_get_their_gradients_and_the_weights_are_not_kept_for_them():
     assert again == [2, 1]  # before the first adapter nothing has a gradient
     for name in trained:
         assert torch.equal(module.get_parameter(name).grad, expected.get_parameter(name).grad)
+
+
+def gradients_of_ranks(kind: type[Model]) -> dict[str, Tensor]:
+    """Those of adapters in a model on a mesh, with divided weights."""
+    with outside():
+        module, tokens = adapted(kind), TOKENS.clone()
+    mesh = init_mesh(Layout(1, torch.distributed.get_world_size()), "cpu")
+    parallelize(module, mesh["cp"], shard_weights=True)
+    module(tokens)[0].square().sum().backward()
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return {name: unwrap(parameter.grad) for name, parameter in trained}
+
+
+@pytest.mark.parametrize("kind", [Model, Checkpointed])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_adapters_get_their_gradients_on_ranks(ranks, kind, tmp_path):
+    model = adapted()
+    model(TOKENS)[0].square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with simulate(ranks):
+        simulated = gradients_of_ranks(kind)
+    for found in [simulated, *run_on_every_rank(gradients_of_ranks, ranks, tmp_path, kind)]:
+        torch.testing.assert_close(found, expected)
 
 
 def test_weights_that_would_need_gradients_are_refused():
@@ -250,6 +281,41 @@ def test_weights_are_put_back_as_they_were():
         assert parameter is before[name][0]
         assert torch.equal(parameter, before[name][1])
     assert stored.stored_bytes == 0
+
+
+class Layouts(nn.Module):
+    """Weights with gaps between values, in another order, of no dim, of no values, and of several dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.Parameter(torch.randn(5, 7).t())
+        self.last = nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+        self.gaps = nn.Parameter(torch.randn(7, 10)[:, ::2])
+        self.expanded = nn.Parameter(torch.randn(1, 5).expand(7, 5))
+        self.one = nn.Parameter(torch.tensor(3.0))
+        self.none = nn.Parameter(torch.empty(0, 4))
+        self.as_half = nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
+        self.as_double = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.complex = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.integers = nn.Parameter(torch.arange(5), requires_grad=False)
+
+    def forward(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        return {name: (value.clone(), value.stride()) for name, value in self.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_weights_come_back_in_their_layout(ranks):
+    torch.manual_seed(0)
+    module = Layouts()
+    expected = module()
+    with simulate(ranks) if ranks > 1 else alone():
+        mesh = init_mesh(Layout(1, ranks), "cpu")
+        holder = nn.Sequential(module).requires_grad_(False)
+        stored = StoredWeights(holder, Storage(CPU, divided=ranks_of_replica(mesh), on_host=True), ["0"])
+        assert stored.resident_bytes == 0
+        for name, (value, stride) in holder[0]().items():
+            assert torch.equal(unwrap(value), expected[name][0]), name
+            assert stride == expected[name][1] or name in ("gaps", "expanded"), name
 
 
 def test_a_weight_that_modules_share_is_stored_once():
