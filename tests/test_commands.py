@@ -32,7 +32,7 @@ ELSEWHERE = {
     r"torchrun --max-restarts 2": "a part of a command; tests/integration restarts ranks",
     r"wandb .*": "needs an account; tests/cli/test_sweep.py runs the command of a W&B agent",
     r"python experiments/sweep\.py.*": "takes minutes; tests/cli/test_sweep.py runs sweeps of one cell",
-    r"python -m experiments\.benchmarks\..*": "takes many minutes, on a machine that does nothing else",
+    r"(python|torchrun --nproc-per-node 2) -m experiments\.benchmarks\..*": "takes minutes, on an idle machine",
     r"python -m experiments\.tools\.(diffusers|schedulers)_coverage.*": "takes 20 minutes; tests try each class",
     r"python -m experiments\.(evaluate|train)_digits.*": "takes minutes; tests/models/test_digits.py runs its parts",
     r"python -m experiments\.tools\.flag_reference.*": "tests/test_repository.py compares what it prints",
