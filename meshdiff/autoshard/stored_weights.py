@@ -6,6 +6,7 @@ large module outside of the blocks, an embedding say. See `meshdiff.distributed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,18 +73,18 @@ class StoredWeights:
             check_alike(storage.divided, module, ())
         names = [name for name in (find_blocks(module) if blocks is None else blocks) if name]
         self._needs_gradients = all(parameter.requires_grad for parameter in module.parameters())
-        self._groups = _groups(module, names, frozen_only=not self._needs_gradients)
-        self._originals = [[*group.places] for group in self._groups]
-        self._places = [[*group.places.values()] for group in self._groups]
+        groups = _groups(module, names, frozen_only=not self._needs_gradients)
+        # Weakly: whoever else refers to a parameter keeps its values, and if nobody does its memory is free.
+        self._originals = [[weakref.ref(parameter) for parameter in group.places] for group in groups]
+        self._places = [[*group.places.values()] for group in groups]
         self._weights: list[StreamedWeights] = []
         self._interceptions: list[Interception] = []
         recent = Recent()
-        for group in self._groups:
+        while groups:
+            group = groups.pop(0)
             weights = StreamedWeights([*group.places.values()], storage, recent)
             weights.on_present = self._follow
             self._weights.append(weights)
-            for parameter in group.places:
-                parameter.data = parameter.data.new_empty(0)  # whoever else refers to it, the memory is to be free
             self._interceptions += [Interception(part, _with(weights), self) for part in group.modules.values()]
         self._last: StreamedWeights | None = None
         self._interceptions.append(Interception(module, self._call, self))
@@ -131,11 +132,13 @@ class StoredWeights:
         for interception in self._interceptions:
             interception.remove()
         for weights, originals, places in zip(self._weights, self._originals, self._places, strict=True):
-            for parameter, value, of_one in zip(originals, weights.values(), places, strict=True):
-                parameter.data = value.clone()
+            for original, value, of_one in zip(originals, weights.values(), places, strict=True):
+                parameter = original()
+                if parameter is None:
+                    parameter = nn.Parameter(value.clone(), requires_grad=self._needs_gradients)
                 for owner, name in of_one:
                     owner._parameters[name] = parameter
-        self._weights = []
+        self._weights, self._originals, self._places = [], [], []
 
     def _call(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._needs_gradients and torch.is_grad_enabled():
@@ -170,10 +173,13 @@ def _groups(module: nn.Module, blocks: list[str], frozen_only: bool) -> list[Gro
     """The weights to store elsewhere, in the order of the module's own lists."""
     groups: dict[str, Group] = {}
     of_parameter: dict[nn.Parameter, str] = {}
+    kept: set[nn.Parameter] = set()
     for path, part in module.named_modules():
         name = next((block for block in blocks if path == block or path.startswith(f"{block}.")), path)
         if name == path and name not in blocks and next(part.children(), None) is not None:
-            continue  # its own weights are used by its own code, which calls what is in it as well
+            # Its own weights are used by its own code, which calls what is in it as well.
+            kept.update(parameter for parameter in part._parameters.values() if parameter is not None)
+            continue
         for key, parameter in part._parameters.items():
             if type(parameter) is not nn.Parameter or parameter.is_meta or (frozen_only and parameter.requires_grad):
                 continue
@@ -182,8 +188,11 @@ def _groups(module: nn.Module, blocks: list[str], frozen_only: bool) -> list[Gro
             group.places.setdefault(parameter, []).append((part, key))
             if name != first:
                 _join(groups, of_parameter, first, name, module.get_submodule(name))
+    for group in groups.values():
+        group.places = {parameter: places for parameter, places in group.places.items() if parameter not in kept}
     least = LEAST * sum(group.nbytes for group in groups.values())
-    return [group for group in groups.values() if group.nbytes >= least or group.modules.keys() & set(blocks)]
+    wanted = [group for group in groups.values() if group.places]
+    return [group for group in wanted if group.nbytes >= least or group.modules.keys() & set(blocks)]
 
 
 def _join(groups: dict[str, Group], of_parameter: dict[nn.Parameter, str], first: str, name: str, part: Any) -> None:

@@ -98,8 +98,8 @@ def parallelize(
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call with that of the original model; see `meshdiff.parallelize`.
         capture: run calls that have settled as graphs, without the model's Python; see `meshdiff.parallelize`.
-        shard_weights: each rank of the mesh stores a part of the weights of the transformers and of the text encoders,
-            and gathers those of a block at a time; see `meshdiff.parallelize`.
+        shard_weights: each rank of `cp` stores a part of the weights of the transformers, each rank of the mesh one of
+            those of the text encoders, and gathers those of a block at a time; see `meshdiff.parallelize`.
         offload: those of the transformers are stored in host memory.
         offload_text: those of the text encoders are.
 
@@ -134,8 +134,10 @@ def parallelize(
                 )
             if "cfg" in names:
                 parallel.guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
-        for kind, on_host in ((modules, offload), (encoders, offload_text)):
-            storage = storage_of(mesh, shard_weights, on_host)
+        # Ranks of cfg run other branches, which may take other ways through the model: they never gather together.
+        together = (mesh["cp"] if mesh.ndim > 1 else mesh) if "cp" in names else False
+        for kind, on_host, ranks in ((modules, offload, together), (encoders, offload_text, mesh)):
+            storage = storage_of(mesh, ranks if shard_weights else False, on_host)
             for name, module in kind.items():
                 if storage is not None and not any(one.module is module for one in parallel.weights.values()):
                     parallel.weights[name] = StoredWeights(module, storage)
