@@ -110,7 +110,7 @@ class Parallelized:
         elif self._captures is not None:
             self._interceptions.append(Interception(module, self._call_alone, self, innermost=True))
         self.weights: StoredWeights | None = None
-        """What is stored elsewhere than on every rank's device; None if nothing is."""
+        """The weights that are stored in parts or in host memory; None if all are on every rank's device."""
         if storage is not None:
             self.weights = StoredWeights(module, storage, self.blocks)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.autoshard.block_inputs import find_blocks
 from meshdiff.autoshard.patching import Interception, owners
@@ -76,7 +78,6 @@ class StoredWeights:
         groups = _groups(module, names, frozen_only=not self._needs_gradients)
         # Weakly: whoever else refers to a parameter keeps its values, and if nobody does its memory is free.
         self._originals = [[weakref.ref(parameter) for parameter in group.places] for group in groups]
-        self._places = [[*group.places.values()] for group in groups]
         self._weights: list[StreamedWeights] = []
         self._interceptions: list[Interception] = []
         recent = Recent()
@@ -85,7 +86,9 @@ class StoredWeights:
             weights = StreamedWeights([*group.places.values()], storage, recent)
             weights.on_present = self._follow
             self._weights.append(weights)
-            self._interceptions += [Interception(part, _with(weights), self) for part in group.modules.values()]
+            self._interceptions += [
+                Interception(part, partial(self._call_with, weights), self) for part in group.modules.values()
+            ]
         self._last: StreamedWeights | None = None
         self._interceptions.append(Interception(module, self._call, self))
         for tensor in (*module.parameters(), *module.buffers()):
@@ -128,25 +131,37 @@ class StoredWeights:
                 pass
 
     def remove(self) -> None:
-        """Put all weights back into the parameters that they came from; a collective if ranks store a part each."""
+        """Put all weights back; a collective if ranks store a part each.
+
+        Parameters that somebody else refers to are those that they were before, all others are new ones.
+        """
         for interception in self._interceptions:
             interception.remove()
-        for weights, originals, places in zip(self._weights, self._originals, self._places, strict=True):
-            for original, value, of_one in zip(originals, weights.values(), places, strict=True):
+        for weights, originals in zip(self._weights, self._originals, strict=True):
+            parameters = []
+            for original, value in zip(originals, weights.values(), strict=True):
                 parameter = original()
-                if parameter is None:
+                if parameter is None or parameter.device != value.device:
                     parameter = nn.Parameter(value.clone(), requires_grad=self._needs_gradients)
-                for owner, name in of_one:
-                    owner._parameters[name] = parameter
-        self._weights, self._originals, self._places = [], [], []
+                parameters.append(parameter)
+            weights.put_back(parameters)
+        self._weights, self._originals = [], []
 
-    def _call(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def gathers_across(self, mesh: DeviceMesh) -> bool:
+        """True if several ranks of this mesh gather weights together, so that all of them have to call the module."""
+        divided = self._storage.divided
+        return divided is not None and len({*divided.mesh.flatten().tolist()} & {*mesh.mesh.flatten().tolist()}) > 1
+
+    def _refuse_gradients(self) -> None:
         if self._needs_gradients and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self.module).__name__} is called with gradients, and weights that are stored elsewhere get "
                 "none; call it under torch.no_grad(), or freeze it before that: requires_grad_(False); adapters added "
                 "then are trained"
             )
+
+    def _call(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._refuse_gradients()
         try:
             return inner(*args, **kwargs)
         finally:
@@ -154,19 +169,16 @@ class StoredWeights:
             for weights in self._weights:
                 weights.drop()
 
+    def _call_with(self, weights: StreamedWeights, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self._refuse_gradients()  # of a method that is not the module's forward
+        with weights.present():
+            return inner(*args, **kwargs)
+
     def _follow(self, weights: StreamedWeights) -> None:
         """Fetch weights in the order of the last call."""
         if self._last is not None and self._last is not weights:
             self._last.following, weights.preceding = weights, self._last
         self._last = weights
-
-
-def _with(weights: StreamedWeights) -> Callable[..., Any]:
-    def call(inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with weights.present():
-            return inner(*args, **kwargs)
-
-    return call
 
 
 def _groups(module: nn.Module, blocks: list[str], frozen_only: bool) -> list[Group]:

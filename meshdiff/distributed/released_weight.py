@@ -1,4 +1,4 @@
-"""What stands in a module for a weight that is stored elsewhere."""
+"""The stand-in, in a module, of a weight that is stored elsewhere."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def in_memory_order(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     A view, unless there are gaps between the values or several are in one place; then the values in the order of a
     contiguous tensor.
     """
+    tensor = tensor.resolve_conj().resolve_neg()
     strides = tensor.stride()
     permuted = tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
     if permuted.is_contiguous():
@@ -73,6 +74,12 @@ class ReleasedWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"this would save a weight that {ELSEWHERE}")
+
+    def share_memory_(self) -> ReleasedWeight:
+        raise RuntimeError(f"this would share the memory of a weight that {ELSEWHERE}")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"this would hand out the memory of a weight that {ELSEWHERE}")
 
     def requires_grad_(self, requires_grad: bool = True) -> ReleasedWeight:
         if requires_grad:

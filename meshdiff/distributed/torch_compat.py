@@ -63,6 +63,7 @@ __all__ = [
     "mode_stacks",
     "process_group",
     "replace_mode_stacks",
+    "saving_hooks",
     "tree_flatten",
     "tree_leaves",
     "tree_map_only",
@@ -90,6 +91,12 @@ process_group = distributed_c10d._resolve_process_group
 """The function that returns the process group of a name, as in the arguments of collectives."""
 
 all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+
+
+def saving_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The two functions of the `torch.autograd.graph.saved_tensors_hooks` that are on, if any are."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
 
 
 def known(config: type, **options: Any) -> dict[str, Any]:

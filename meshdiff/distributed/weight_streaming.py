@@ -10,7 +10,7 @@ wherever the weights are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from meshdiff.distributed.placements import PARTS, REPLICATED
 from meshdiff.distributed.released_weight import ELSEWHERE, ReleasedWeight, in_memory_order
 from meshdiff.distributed.simulation import on_each_rank, rank_values
-from meshdiff.distributed.torch_compat import AsyncCollectiveTensor, autograd_task
+from meshdiff.distributed.torch_compat import AsyncCollectiveTensor, autograd_task, saving_hooks
 
 __all__ = ["Place", "Recent", "Storage", "Streamed", "StreamedWeights", "stream"]
 
@@ -167,7 +167,7 @@ class StreamedWeights:
     def fetch(self) -> None:
         """Start to fetch the weights, if that has not been started yet."""
         if self._coming is None:
-            with torch.no_grad(), torch.cuda.stream(self._side_stream):  # None is no stream, which does nothing
+            with _counting_writes(), torch.cuda.stream(self._side_stream):  # None is no stream, which does nothing
                 self._coming = _bring(self._stored, self._storage)
 
     def drop(self) -> None:
@@ -186,23 +186,32 @@ class StreamedWeights:
             finally:
                 self._users -= 1
             return
+        self._check_released()
         if autograd_task() == -1:
             self.recent.clear()
         buffer = self._fetched()
-        self._arrive(buffer)
-        self._users = 1
-        self.on_present(self)
-        if self.following is not None:
-            self.following.fetch()
         try:
-            with ExitStack() as stack:
-                if torch.is_grad_enabled():
-                    stack.enter_context(_NotSaved(self, buffer))
-                del buffer
+            self._users = 1
+            with _counting_writes():
+                self._arrive(buffer)
+            self.on_present(self)
+            if self.following is not None:
+                self.following.fetch()
+            before = _versions(buffer)
+            with _NotSaved(self, buffer) if torch.is_grad_enabled() else nullcontext():
                 yield
+            if _versions(buffer) != before:
+                raise RuntimeError(f"a module wrote to one of its own weights while it ran, which {ELSEWHERE}")
         finally:
             self._users = 0
             self._leave()
+
+    def put_back(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let parameters be in the places of the released weights; what others have put there since then stays."""
+        for released, places, parameter in zip(self._released, self._places, parameters, strict=True):
+            for owner, name in places:
+                if owner._parameters.get(name) is released:
+                    owner._parameters[name] = parameter
 
     def values(self) -> list[Tensor]:
         """The value of each weight; a collective if ranks store a part each."""
@@ -221,7 +230,8 @@ class StreamedWeights:
         buffer, self._coming = self._coming, None
         assert buffer is not None
         if isinstance(buffer, AsyncCollectiveTensor):
-            buffer = buffer.wait()
+            with _counting_writes():
+                buffer = buffer.wait()
         if self._side_stream is not None:
             torch.cuda.current_stream().wait_stream(self._side_stream)
             buffer.record_stream(torch.cuda.current_stream())
@@ -231,11 +241,14 @@ class StreamedWeights:
         start, shape, stride, dtype = self._layout[number]
         return buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).as_strided(shape, stride)
 
-    def _arrive(self, buffer: Tensor) -> None:
-        for number, (released, places) in enumerate(zip(self._released, self._places, strict=True)):
+    def _check_released(self) -> None:
+        for released, places in zip(self._released, self._places, strict=True):
             for owner, name in places:
                 if owner._parameters.get(name) is not released:
                     raise RuntimeError(f"the {name} of a {type(owner).__name__} was replaced, which {ELSEWHERE}")
+
+    def _arrive(self, buffer: Tensor) -> None:
+        for number, places in enumerate(self._places):
             value = self._view(buffer, number)
             if self._storage.mesh is None:
                 value = rank_values(value)[0]
@@ -270,23 +283,48 @@ class Recent:
         self._weights = self._buffer = None
 
 
+@contextmanager
+def _counting_writes() -> Iterator[None]:
+    """Make tensors in the body without gradients, writes to which are counted, in inference mode as well."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _versions(buffer: Tensor) -> list[int]:
+    """Number of writes to a buffer and to its views, of each simulated rank."""
+    return [values._version for values in rank_values(buffer)]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What autograd keeps instead of a tensor, and the function that makes the tensor of it."""
+
+    packed: Any
+    unpack: Callable[[Any], Tensor]
+
+
 class _NotSaved(saved_tensors_hooks):
-    """Let autograd keep the place of a fetched weight, and fetch it again when the backward pass needs it."""
+    """Let autograd keep the place of a fetched weight, and fetch it again when the backward pass needs it.
+
+    Other tensors are for the hooks that were on before: those of `torch.utils.checkpoint`, say.
+    """
 
     def __init__(self, weights: StreamedWeights, buffer: Tensor) -> None:
+        others = saving_hooks()
         address = rank_values(buffer)[0].untyped_storage().data_ptr()
 
         def pack(tensor: Tensor) -> Any:
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.untyped_storage().data_ptr() != address:
-                return tensor
-            return tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+            if type(tensor) in (Tensor, nn.Parameter) and tensor.untyped_storage().data_ptr() == address:
+                return _Saved((tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()), fetch)
+            return tensor if others is None else _Saved(others[0](tensor), others[1])
 
-        def unpack(saved: Any) -> Tensor:
-            if isinstance(saved, Tensor):
-                return saved
-            dtype, *place = saved
+        def fetch(packed: Any) -> Tensor:
+            dtype, *place = packed
             with torch.no_grad():
                 return weights.recent.buffer_of(weights).view(dtype).as_strided(*place)
+
+        def unpack(saved: Any) -> Tensor:
+            return saved.unpack(saved.packed) if isinstance(saved, _Saved) else saved
 
         super().__init__(pack, unpack)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from ranks import run_on_every_rank
 from tiny import alone
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5EncoderModel
 from weight_kinds import CHANNELS, Model
 
@@ -21,9 +19,9 @@ from meshdiff import CommsCounter, Layout, init_mesh, parallelize, simulate
 from meshdiff.autoshard.stored_weights import StoredWeights
 from meshdiff.distributed import weight_streaming
 from meshdiff.distributed.mesh import ranks_of_replica
-from meshdiff.distributed.released_weight import ReleasedWeight
 from meshdiff.distributed.simulation import on_each_rank, outside, unwrap
 from meshdiff.distributed.weight_streaming import ALIGNMENT, Storage
+from meshdiff.integrations.diffusers import parallelize as parallelize_diffusers
 
 CPU = torch.device("cpu")
 TOKENS = torch.randn(1, 7, CHANNELS, generator=torch.Generator().manual_seed(0))
@@ -88,7 +86,7 @@ def test_host_memory_alone_needs_no_ranks():
 
 
 def gathers_of_ranks() -> dict[str, Any]:
-    """What a call sends on real ranks or simulated ones, and the sizes of what it fetches."""
+    """The traffic of a call on real ranks or simulated ones, and the sizes of the parts that it fetches."""
     with outside():
         module, tokens = Model(), TOKENS.clone()
     mesh = init_mesh(Layout(1, torch.distributed.get_world_size()), "cpu")
@@ -157,132 +155,6 @@ def test_a_weight_that_is_read_elsewhere_is_fetched_for_it(ranks):
         assert "times one was read outside of its module" in str(stored)
 
 
-class Adapted(nn.Module):
-    """A frozen layer and an adapter that is trained."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer, self.down = layer, nn.Linear(CHANNELS, 2, bias=False)
-        self.up = nn.Linear(2, layer.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + self.up(self.down(x))
-
-
-class Checkpointed(Model):
-    def forward(self, tokens: Tensor) -> tuple[Tensor]:
-        for block in self.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False)
-        return (self.head(tokens),)
-
-
-def adapted(kind: type[Model] = Model) -> Model:
-    torch.manual_seed(0)
-    module = kind().requires_grad_(False)
-    for block in module.blocks:
-        block.attn_out = Adapted(block.attn_out)
-    return module
-
-
-def test_adapters_get_their_gradients_and_the_weights_are_not_kept_for_them():
-    module, expected = adapted(), adapted()
-    stored = StoredWeights(module, Storage(CPU, on_host=True))
-    trained = {name for name, parameter in module.named_parameters() if not isinstance(parameter, ReleasedWeight)}
-    assert trained == {f"blocks.{i}.attn_out.{part}.weight" for i in (0, 1) for part in ("down", "up")}
-    expected(TOKENS)[0].square().sum().backward()
-    (made,) = module(TOKENS)
-    again: list[int] = []
-    for number, weights in enumerate(stored._weights):
-        weights._fetched = lambda number=number, fetch=weights._fetched: again.append(number) or fetch()
-    made.square().sum().backward()
-    assert again == [2, 1]  # before the first adapter nothing has a gradient
-    for name in trained:
-        assert torch.equal(module.get_parameter(name).grad, expected.get_parameter(name).grad)
-
-
-def gradients_of_ranks(kind: type[Model]) -> dict[str, Tensor]:
-    """Those of adapters in a model on a mesh, with divided weights."""
-    with outside():
-        module, tokens = adapted(kind), TOKENS.clone()
-    mesh = init_mesh(Layout(1, torch.distributed.get_world_size()), "cpu")
-    parallelize(module, mesh["cp"], shard_weights=True)
-    module(tokens)[0].square().sum().backward()
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return {name: unwrap(parameter.grad) for name, parameter in trained}
-
-
-@pytest.mark.parametrize("kind", [Model, Checkpointed])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_adapters_get_their_gradients_on_ranks(ranks, kind, tmp_path):
-    model = adapted()
-    model(TOKENS)[0].square().sum().backward()
-    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with simulate(ranks):
-        simulated = gradients_of_ranks(kind)
-    for found in [simulated, *run_on_every_rank(gradients_of_ranks, ranks, tmp_path, kind)]:
-        torch.testing.assert_close(found, expected)
-
-
-def test_weights_that_would_need_gradients_are_refused():
-    module = Model()
-    StoredWeights(module, Storage(CPU, on_host=True))
-    with pytest.raises(RuntimeError, match=r"weights that are stored elsewhere get none; call it under torch.no_grad"):
-        module(TOKENS)
-
-
-CHANGES = {
-    "a write": lambda model: nn.init.zeros_(model.head.weight),
-    "a write to data": lambda model: model.head.weight.data.mul_(2),
-    "other data": lambda model: setattr(model.head.weight, "data", torch.zeros(CHANNELS, CHANNELS)),
-    "another parameter": lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(CHANNELS, CHANNELS))),
-    "another dtype": lambda model: model.to(torch.bfloat16),
-    "no memory": lambda model: model.to("meta"),
-    "weights of a file": lambda model: model.load_state_dict(Model().state_dict()),
-    "weights of a file, assigned": lambda model: model.load_state_dict(Model().state_dict(), assign=True),
-    "training": lambda model: model.requires_grad_(True),
-    "training of one": lambda model: setattr(model.head.weight, "requires_grad", True),
-    "saving": lambda model: torch.save(model.state_dict(), io.BytesIO()),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_of_the_weights_raises_then_or_in_the_next_call(name):
-    module = Model().requires_grad_(False)
-    StoredWeights(module, Storage(CPU, on_host=True))
-
-    def change_and_call() -> None:
-        CHANGES[name](module)
-        module(TOKENS)
-
-    with pytest.raises(RuntimeError, match=r"(which|a weight that) is divided between"):
-        change_and_call()
-
-
-def test_what_changes_nothing_is_allowed():
-    module = Model()
-    expected = called(module, {"tokens": TOKENS})[0]
-    StoredWeights(module, Storage(CPU, on_host=True))
-    module.to("cpu").to(torch.float32).eval().requires_grad_(False)
-    assert torch.equal(called(copy.deepcopy(module), {"tokens": TOKENS})[0], expected)
-    with torch.inference_mode():
-        assert torch.equal(module(TOKENS)[0], expected)
-    assert sum(parameter.nbytes for parameter in module.parameters()) == sum(p.nbytes for p in Model().parameters())
-    assert module.head.weight.sum() == Model().head.weight.sum()
-
-
-def test_weights_are_put_back_as_they_were():
-    module = Model()
-    before = {name: (parameter, parameter.detach().clone()) for name, parameter in module.named_parameters()}
-    stored = StoredWeights(module, Storage(CPU, on_host=True))
-    with pytest.raises(ValueError, match="stored elsewhere already"):
-        StoredWeights(module, Storage(CPU, on_host=True))
-    stored.remove()
-    for name, parameter in module.named_parameters():
-        assert parameter is before[name][0]
-        assert torch.equal(parameter, before[name][1])
-    assert stored.stored_bytes == 0
-
-
 class Layouts(nn.Module):
     """Weights with gaps between values, in another order, of no dim, of no values, and of several dtypes."""
 
@@ -331,3 +203,76 @@ def test_a_weight_that_modules_share_is_stored_once():
     stored.remove()
     assert module.blocks[1].to_qkv.weight is module.blocks[0].to_qkv.weight
     assert module.head.weight is module.blocks[1].attn_out.weight
+
+
+class TwoWays(Model):
+    """Other blocks for other inputs, as some models skip blocks at some steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.extend(Model().blocks)
+        for number, block in enumerate(self.blocks):
+            nn.init.constant_(block.attn_out.bias, number)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        for block in self.blocks[:2] if tokens.mean() > 0 else self.blocks[2:]:
+            tokens = block(tokens)
+        return (self.head(tokens),)
+
+
+def apart_of_branches(how: str) -> tuple[float, dict[str, str]]:
+    """The largest error of two branches that need other blocks, and why their calls are not divided."""
+    module, plain = TwoWays(), TwoWays()
+    mesh = init_mesh(Layout(cfg=2), "cpu")
+    if how == "pipelines":
+        parallel = parallelize_diffusers(module, mesh, shard_weights=True)
+    else:
+        parallel = parallelize_diffusers(module, mesh)
+        parallelize(module, mesh["cp"], shard_weights=mesh)
+    errors = []
+    with torch.no_grad():
+        for _ in range(4):
+            given = [TOKENS.abs(), -TOKENS.abs()]
+            outputs = [module(tokens)[0] for tokens in given]
+            errors += [(out - plain(x)[0]).abs().max().item() for out, x in zip(outputs, given, strict=True)]
+    return max(errors), parallel.fallbacks()
+
+
+@pytest.mark.parametrize(("how", "reason"), [("pipelines", ""), ("by hand", "has weights that ranks of cfg gather")])
+def test_branches_that_need_other_blocks_never_gather_together(how, reason, tmp_path):
+    for error, fallbacks in run_on_every_rank(apart_of_branches, 2, tmp_path, how):
+        assert error < 1e-5
+        assert fallbacks.get("TwoWays", "").startswith(reason)
+        assert bool(fallbacks) == bool(reason)
+
+
+def of_parent() -> Model:
+    """A model that uses a weight of its blocks itself."""
+
+    class Parent(Model):
+        def forward(self, tokens: Tensor) -> tuple[Tensor]:
+            return (super().forward(tokens)[0] * self.scale.sum(),)
+
+    module = Parent()
+    module.scale = nn.Parameter(torch.ones(CHANNELS))
+    for block in module.blocks:
+        block.scale = module.scale
+        block.use = lambda block, made: made * block.scale.mean()
+    return module
+
+
+def of_list() -> Model:
+    """A model that keeps a weight in a list as well."""
+    module = Model()
+    block = module.blocks[0]
+    held = [block.attn_out.weight]
+    block.use = lambda block, made: made + held[0].sum()
+    return module
+
+
+@pytest.mark.parametrize("make", [of_parent, of_list])
+def test_a_weight_that_something_else_refers_to_keeps_its_values(make):
+    module = make()
+    expected = called(module, {"tokens": TOKENS})[0]
+    StoredWeights(module, Storage(CPU, on_host=True))
+    assert torch.equal(called(module, {"tokens": TOKENS})[0], expected)

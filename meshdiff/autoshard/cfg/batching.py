@@ -100,7 +100,7 @@ class Guidance:
 
     def _call(self, inner: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         args, kwargs = out_of_inference((args, kwargs))
-        self.undivided = why_undivided(self.module, args, kwargs)
+        self.undivided = why_undivided(self.module, self.mesh, args, kwargs)
         if self.undivided:
             self._run()
         record = self._record(args, kwargs)

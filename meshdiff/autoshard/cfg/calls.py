@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.autoshard.call_key import call_key
 from meshdiff.autoshard.cfg.deferred import DeferredTensor, OutputForm
 from meshdiff.autoshard.grad_state import GradState, Surroundings
+from meshdiff.autoshard.patching import owners
 from meshdiff.autoshard.snapshot.module_snapshot import ModuleSnapshot, Unrestorable
 from meshdiff.autoshard.snapshot.walk import version
+from meshdiff.autoshard.stored_weights import StoredWeights
 from meshdiff.distributed.consensus import is_collective_error
 from meshdiff.distributed.fingerprint import fingerprint, sha256
 from meshdiff.distributed.simulation import is_simulated, on_each_rank
@@ -223,11 +226,13 @@ def others_can_hear(error: Exception) -> bool:
     return not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not is_collective_error(error)
 
 
-def why_undivided(module: nn.Module, args: Any, kwargs: Any) -> str:
+def why_undivided(module: nn.Module, mesh: DeviceMesh, args: Any, kwargs: Any) -> str:
     """Why arguments cannot be kept for later and sent in part; "" if they can."""
     leaves = tree_leaves((args, kwargs))
     if getattr(module, "is_cache_enabled", False):
         return "has a cache of diffusers on"
+    if any(isinstance(owner, StoredWeights) and owner.gathers_across(mesh) for owner in owners(module)):
+        return "has weights that ranks of cfg gather together, which other branches may need in another order"
     for leaf in leaves:
         if not isinstance(leaf, PLAIN):
             return f"is given a {type(leaf).__name__}, which may hold anything"
