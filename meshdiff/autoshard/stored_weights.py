@@ -49,8 +49,8 @@ class Group:
 class StoredWeights:
     """The weights of a module, stored elsewhere from now on, but for small ones outside of blocks.
 
-    Results keep their bits. Weights that are trained (`requires_grad`, where others are frozen), and those that are no
-    plain tensors (quantized ones), stay where they are, on every rank.
+    Results keep their bits. Weights that are trained (`requires_grad`, where at least half of all are frozen) and those
+    that are no plain tensors (quantized ones), stay where they are, on every rank.
 
     Args:
         module: any module, on the device of `storage` or in host memory.
@@ -74,10 +74,15 @@ class StoredWeights:
         if storage.divided is not None:
             check_alike(storage.divided, module, ())
         names = [name for name in (find_blocks(module) if blocks is None else blocks) if name]
-        self._needs_gradients = all(parameter.requires_grad for parameter in module.parameters())
+        sizes = {True: 0, False: 0}
+        for parameter in module.parameters():
+            sizes[parameter.requires_grad] += parameter.numel()
+        # Adapters are small; a model in which most is trained is one that nobody has frozen.
+        self._needs_gradients = sizes[True] > sizes[False]
         groups = _groups(module, names, frozen_only=not self._needs_gradients)
         # Weakly: whoever else refers to a parameter keeps its values, and if nobody does its memory is free.
         self._originals = [[weakref.ref(parameter) for parameter in group.places] for group in groups]
+        self._trained = [[parameter.requires_grad for parameter in group.places] for group in groups]
         self._weights: list[StreamedWeights] = []
         self._interceptions: list[Interception] = []
         recent = Recent()
@@ -137,15 +142,15 @@ class StoredWeights:
         """
         for interception in self._interceptions:
             interception.remove()
-        for weights, originals in zip(self._weights, self._originals, strict=True):
+        for weights, originals, trained in zip(self._weights, self._originals, self._trained, strict=True):
             parameters = []
-            for original, value in zip(originals, weights.values(), strict=True):
+            for original, value, is_trained in zip(originals, weights.values(), trained, strict=True):
                 parameter = original()
                 if parameter is None or parameter.device != value.device:
-                    parameter = nn.Parameter(value.clone(), requires_grad=self._needs_gradients)
+                    parameter = nn.Parameter(value.clone(), requires_grad=is_trained)
                 parameters.append(parameter)
             weights.put_back(parameters)
-        self._weights, self._originals = [], []
+        self._weights, self._originals, self._trained = [], [], []
 
     def gathers_across(self, mesh: DeviceMesh) -> bool:
         """True if several ranks of this mesh gather weights together, so that all of them have to call the module."""

@@ -107,3 +107,13 @@ def test_weights_that_would_need_gradients_are_refused_to_other_methods_as_well(
     StoredWeights(module, Storage(CPU, on_host=True))
     with pytest.raises(RuntimeError, match="weights that are stored elsewhere get none"):
         module.blocks[0](TOKENS)
+
+
+def test_a_frozen_table_in_a_model_that_nobody_has_frozen_changes_nothing():
+    module = Model()
+    module.blocks[0].attn_out.bias.requires_grad_(False)
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    stored = StoredWeights(module, Storage(CPU, on_host=True))
+    assert stored.resident_bytes == 0
+    stored.remove()
+    assert {name: parameter.requires_grad for name, parameter in module.named_parameters()} == trained
