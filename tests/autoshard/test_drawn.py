@@ -114,7 +114,7 @@ class Statistics(Counter):
 
 
 def outcome(case: Case, statistics: Statistics) -> str:
-    """How a case came out: on shards, blocks replicated, replicated, refused; "ill-posed" if nothing is known."""
+    """The outcome of a case: on shards, blocks replicated, replicated, refused; "ill-posed" if nothing is known."""
     module = build(case.sources)
     inputs = inputs_of(case.sizes, case.rotary, case.mask)
     second = {k: v * -0.7 if case.other_values and v.is_floating_point() else v for k, v in inputs.items()}
