@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor, Shard
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.autoshard.dtensor_utils import dtensors, to_shards
 
-__all__ = ["become_shards", "find_blocks", "shard_tokens"]
+__all__ = ["become_shards", "find_blocks", "find_convolutions", "shard_tokens"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
@@ -46,15 +48,30 @@ def _attends(module: nn.Module) -> bool:
     return _is_block(module) and any("attn" in part or "attention" in part for part in parts)
 
 
+def find_convolutions(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules with convolutions in them that are of no class of torch, by name, the outer ones too.
+
+    Where one of them runs on replicated tensors, the next one goes on with shards.
+    """
+    found = {
+        name: part
+        for name, part in module.named_modules()
+        if not type(part).__module__.startswith("torch.nn")
+        and any(isinstance(one, CONVOLUTIONS) for one in part.modules())
+    }
+    return {"": module} | found
+
+
 def shard_tokens(
-    mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any, others: Collection[str] = ()
+    mesh: DeviceMesh, block: nn.Module, args: Any, kwargs: Any, others: Collection[str] = (), dim: int | None = None
 ) -> tuple[Any, Any, list[Any]]:
     """The arguments of a call of a block, the tokens among them sharded.
 
     The tokens are the first floating point tensor with at least two dims, and
     their sequence is the longest of the dims between the first and the last, or
     the first, where these are too short for all ranks. `others` are the names of
-    further arguments to treat in the same way, see `become_shards`.
+    further arguments to treat in the same way, see `become_shards`. A `dim` is the
+    one to shard instead, of a tensor with at least three.
 
     Returns:
         args and kwargs, and the pairs of plain tensors and what they became.
@@ -65,9 +82,9 @@ def shard_tokens(
     wanted += [arguments.get(name) for name in others]
     became = []
     for value in wanted:
-        dim = None if isinstance(value, DTensor) and value is not tokens else _sequence(value, mesh.size())
-        if isinstance(value, Tensor) and dim is not None:
-            shards = to_shards(value, mesh, dim)
+        along = None if isinstance(value, DTensor) and value is not tokens else _sequence(value, mesh.size(), dim)
+        if isinstance(value, Tensor) and along is not None:
+            shards = to_shards(value, mesh, along)
             args, kwargs = _replaced(args, kwargs, value, shards)
             became.append((value, shards))
     return args, kwargs, became
@@ -91,10 +108,13 @@ def _may_be_tokens(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
-def _sequence(value: Any, ranks: int) -> int | None:
-    """The dim to shard; None if no dim is long enough for every rank to get a part."""
+def _sequence(value: Any, ranks: int, wanted: int | None = None) -> int | None:
+    """The dim to shard, that one if it is given; None if no dim is long enough for every rank to get a part."""
     if not _may_be_tokens(value):
         return None
+    if wanted is not None:
+        fits = value.ndim > 2 and -value.ndim <= wanted < value.ndim
+        return wanted % value.ndim if fits and chunk_sizes(value.shape[wanted], ranks)[-1] else None
     longest = sorted(range(1, value.ndim - 1), key=lambda i: -value.shape[i])[:1]
     return next((dim for dim in (*longest, 0) if chunk_sizes(value.shape[dim], ranks)[-1]), None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,20 +41,24 @@ class ShardingContext:
         mesh: the 1-D mesh.
         aliases: where to note what shares memory on one device.
         strategy: of mesh attention, a name in `STRATEGIES` or `auto`.
+        of_images: True if rows of images are sharded, not tokens: then views move entries to keep them sharded.
         unguarded: turns the safety mode off while what is done here runs on parts of tensors.
         op_cache: what DTensor has made of operations.
         lazy: what waits for rows.
         recorder: records what runs, on shards and on replicated tensors.
+        merged: sizes of dims that were merged in this call, and which of them was sharded, see `ops.reshape`.
         handler_depth: number of handlers that are running; their operations are not recorded.
     """
 
     mesh: DeviceMesh
     aliases: AliasTracker
     strategy: str
+    of_images: bool
     unguarded: Callable[[], AbstractContextManager[None]]
     op_cache: DispatchCache
     lazy: LazyReshards
     recorder: Recorder | None = None
+    merged: dict[tuple[int, ...], int] = field(default_factory=dict)
     handler_depth: int = 0
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -130,6 +134,14 @@ class ShardingContext:
                 return reshard(sources, outputs, dim, views)
         with self.unguarded():
             return self.lazy.reshard(sources, outputs, dim, sources[0].stride() if views else None)
+
+    def padded(self, tensor: DTensor) -> tuple[DTensor, int]:
+        """The rows of a DTensor that waits for no more than zeros around them, and the number of zeros before them.
+
+        Of every other DTensor itself, and no zeros.
+        """
+        found = self.lazy.padded(tensor) if self.lazy else None
+        return found or (tensor, 0)
 
     def materialize(self, *values: Any) -> None:
         """Have the rows there of what is going to be read."""

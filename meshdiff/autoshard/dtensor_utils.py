@@ -55,6 +55,11 @@ def is_sharded(tensor: Any) -> bool:
     return isinstance(tensor, DTensor) and not tensor.placements[0].is_replicate()
 
 
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """True if autograd is to know of what is made of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def is_plainly_placed(tensor: DTensor) -> bool:
     """True if each rank holds all of this or a consecutive part; where dims were merged, parts are not consecutive."""
     return isinstance(tensor.placements[0], (Replicate, Shard))

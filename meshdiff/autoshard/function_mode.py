@@ -21,14 +21,16 @@ from meshdiff.autoshard.dtensor_utils import (
 )
 from meshdiff.autoshard.op_cache import cache_key, unseen
 from meshdiff.autoshard.op_traits import traits_of
+from meshdiff.autoshard.ops import convolution, norms, reshape, slicing, spatial
 from meshdiff.autoshard.ops import nn as nn_ops
-from meshdiff.autoshard.ops import slicing
 from meshdiff.autoshard.ops.concat import by_parts
 from meshdiff.autoshard.registry import Handlers
 
 __all__ = ["ShardingMode"]
 
-HANDLERS = Handlers({**slicing.HANDLERS, **nn_ops.HANDLERS})
+TABLES = (slicing.HANDLERS, nn_ops.HANDLERS, convolution.HANDLERS, norms.HANDLERS, spatial.HANDLERS, reshape.HANDLERS)
+
+HANDLERS = Handlers({function: handler for table in TABLES for function, handler in table.items()})
 """The handlers of all files in `ops`; a test fails for a file whose table is not in it."""
 
 

@@ -112,6 +112,20 @@ class LazyReshards:
         )
         return parts if len(parts) == len(wait.rows) > 1 else None
 
+    def padded(self, tensor: Tensor) -> tuple[DTensor, int] | None:
+        """The full DTensor around which one that waits has zeros, and their number before it; None if it is no such."""
+        if tensor not in self:
+            return None
+        wait = self._waiting[id(tensor)]
+        first, rows = wait.rows[0], next((rows for rows in wait.rows if rows.source is not None), wait.rows[0])
+        source = rows.source
+        if source is None or source in self or sum(other.source is not None for other in wait.rows) > 1:
+            return None
+        if (rows.start, rows.stop) != (0, source.shape[wait.dim]) or not source.placements[0].is_shard(wait.dim):
+            return None
+        self.use(tensor)
+        return source, first.stop - first.start if first.source is None else 0
+
     def redirect(self, tensor: Tensor, parts: Sequence[DTensor]) -> None:
         """Have a join wait for copies of its parts."""
         wait = self._waiting[id(tensor)]

@@ -118,6 +118,7 @@ _have(CUTS, cacheable=True, view=True)
 _have([torch.stack], by_parts=True)
 _have([torch.cat, torch.concat, torch.concatenate, F.scaled_dot_product_attention, Tensor.__getitem__], lazy_aware=True)
 _have([*CUTS, *_functions("split_with_sizes", "narrow")], lazy_aware=True)
+_have([F.conv1d, F.conv2d, F.conv3d], lazy_aware=True)
 _have(
     [getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")],
     metadata=True,

@@ -20,6 +20,7 @@ def parallelize(
     mesh: DeviceMesh,
     *,
     blocks: list[str] | None = None,
+    dim: int | None = None,
     strategy: str = AUTO,
     verify: bool = False,
     capture: bool | Backend = False,
@@ -44,6 +45,9 @@ def parallelize(
         mesh: a 1-D mesh, `mesh["cp"]` say.
         blocks: names of the submodules at whose entry tokens become shards;
             by default the members of the module's lists of blocks.
+        dim: the dim of the blocks' first tensor to shard, instead of the sequence: -2, the height, for decoders and
+            encoders of images and videos `[batch, channels, (frames,) height, width]`. Blocks are then all modules
+            with convolutions in them, whose rows come with a halo.
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call for each set of shapes with the untouched
             model's, on every rank, and raise if they differ.
@@ -70,7 +74,9 @@ def parallelize(
             different weights to divide.
     """
     storage = storage_of(mesh, shard_weights, offload)
-    return Parallelized(module, mesh, blocks=blocks, strategy=strategy, verify=verify, capture=capture, storage=storage)
+    return Parallelized(
+        module, mesh, blocks=blocks, dim=dim, strategy=strategy, verify=verify, capture=capture, storage=storage
+    )
 
 
 def storage_of(mesh: DeviceMesh, shard_weights: bool | DeviceMesh, offload: bool) -> Storage | None:

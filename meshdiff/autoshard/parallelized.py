@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from meshdiff.attention.validation import is_checked
 from meshdiff.autoshard.aliasing import AliasTracker
-from meshdiff.autoshard.block_inputs import become_shards, find_blocks, shard_tokens
+from meshdiff.autoshard.block_inputs import become_shards, find_blocks, find_convolutions, shard_tokens
 from meshdiff.autoshard.call_key import CallKey, call_key
 from meshdiff.autoshard.capture.graph_capture import Backend, GraphCapture
 from meshdiff.autoshard.context import ShardingContext
@@ -61,6 +61,7 @@ class Parallelized:
         mesh: DeviceMesh,
         *,
         blocks: list[str] | None,
+        dim: int | None = None,
         strategy: str,
         verify: bool,
         capture: bool | Backend,
@@ -82,7 +83,9 @@ class Parallelized:
         if capture and storage is not None:
             raise ValueError(NO_CAPTURE)
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
-        self.blocks = find_blocks(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
+        self.dim = dim
+        find = find_blocks if dim is None else find_convolutions
+        self.blocks = find(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.replicated_kinds: dict[str, str] = {}
         """Kinds of blocks that run on replicated tensors, and why; "" is the full model."""
         self._others: dict[str, set[str]] = {}
@@ -261,7 +264,14 @@ class Parallelized:
                     stack.enter_context(run.recorder)
                 guard = SafetyMode(run.aliases, self._lazy, run.on_operation if record else None)
                 run.context = ShardingContext(
-                    self.mesh, run.aliases, self.strategy, guard.off, self._op_cache, self._lazy, run.recorder
+                    self.mesh,
+                    run.aliases,
+                    self.strategy,
+                    self.dim is not None,
+                    guard.off,
+                    self._op_cache,
+                    self._lazy,
+                    run.recorder,
                 )
                 stack.enter_context(guard)
                 stack.enter_context(ShardingMode(run.context))
@@ -284,7 +294,7 @@ class Parallelized:
         with run.inside(name, block):
             args, kwargs = self._entered(run, name, block, args, kwargs)
             output = inner(*args, **kwargs)
-            if run.recorder is not None and self._learns:
+            if run.recorder is not None and self._learns and self.dim is None:
                 found = become_shards(self.mesh, block, args, kwargs, output)
                 self._found.setdefault(type(block).__name__, set()).update(found)
             return output
@@ -301,7 +311,8 @@ class Parallelized:
                 return plain
 
             return map_dtensors(gather, (args, kwargs))
-        args, kwargs, became = shard_tokens(self.mesh, block, args, kwargs, self._others.get(type(block).__name__, ()))
+        others = self._others.get(type(block).__name__, ())
+        args, kwargs, became = shard_tokens(self.mesh, block, args, kwargs, others, self.dim)
         for plain, shards in became:
             run.aliases.link(plain, shards)
         return args, kwargs
@@ -347,6 +358,7 @@ class _Run:
     @contextmanager
     def inside(self, name: str, block: nn.Module) -> Iterator[None]:
         """While a block runs."""
+        outer = None if self.recorder is None else self.recorder.current
         if self.recorder is not None:
             self.recorder.enter(name, type(block).__name__)
         try:
@@ -355,8 +367,8 @@ class _Run:
             self.failed_in = name if self.failed_in is None else self.failed_in
             raise
         finally:
-            if self.recorder is not None:
-                self.recorder.enter("", "")
+            if self.recorder is not None and outer is not None:
+                self.recorder.current = outer
 
     def on_operation(self, func: Any, arguments: Any, result: Any) -> None:
         assert self.recorder is not None

@@ -111,9 +111,10 @@ class Recorder(CommsCounter):
         self.current.sharded["linear"] += 1
         self._add_flops(2 * shape.numel() * weight.shape[1], True)
 
-    def on_function(self, name: str) -> None:
+    def on_function(self, name: str, flops: int = 0) -> None:
         """Note a function on shards that is not made of operations which the guard sees."""
         self.current.sharded[name] += 1
+        self._add_flops(flops, True)
 
     def on_gather(self, function: str, why: str) -> None:
         """Note a function that ran on replicated tensors."""

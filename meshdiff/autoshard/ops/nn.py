@@ -116,25 +116,31 @@ def _view_as_real(ctx: ShardingContext, input: DTensor) -> Any:
     return result
 
 
-def _by_batch(ctx: ShardingContext, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    """Attention within each entry of a sharded batch, or of sharded heads: nothing is sent."""
+def _by_batch(
+    ctx: ShardingContext, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **options: Any
+) -> Any:
+    """Attention within each entry of a sharded batch, or of sharded heads, with one mask for all: nothing is sent."""
     dim = sharded_dim(query)
     assert dim is not None
+    if attn_mask is not None:
+        if is_sharded(attn_mask) or (attn_mask.ndim >= query.ndim - dim and attn_mask.shape[dim - query.ndim] != 1):
+            return NotImplemented
+        attn_mask = own_copy(attn_mask, ctx.mesh)
     shapes = [tensor.shape[:-3] if options["enable_gqa"] else tensor.shape[:-2] for tensor in (query, key, value)]
     if shapes != shapes[:1] * 3 or not query.shape[dim] == key.shape[dim] == value.shape[dim]:
         return NotImplemented
     ctx.on_attention(query, key, True)
     with ctx.unguarded():
-        local = _attend_each(*map(to_shard, (query, key, value)), **options)
+        local = _attend_each(to_shard(query), to_shard(key), to_shard(value), attn_mask, **options)
     shape = torch.Size((*query.shape[:-1], value.shape[-1]))
     return wrap(local, ctx.mesh, Shard(dim), shape, contiguous_stride(shape))
 
 
 @on_each_rank
-def _attend_each(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def _attend_each(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
     if not query.numel():
-        return query.new_empty(query.shape)
-    return F.scaled_dot_product_attention(query, key, value, **options).contiguous()
+        return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, **options).contiguous()
 
 
 @HANDLERS.of(F.scaled_dot_product_attention)
@@ -149,6 +155,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    if query.ndim == key.ndim == value.ndim == 3 and attn_mask is None and not enable_gqa:
+        ctx.materialize((query, key, value))
+        one_head = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        attended = _attention(ctx, *one_head, None, dropout_p, is_causal, scale)
+        return attended if attended is NotImplemented else attended.squeeze(1)
     alike = query.ndim == key.ndim == value.ndim == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
     # Without enable_gqa a single head of key and value is for all heads, as ever in broadcasting.
     grouped = alike and (query.shape[1] == key.shape[1] or key.shape[1] == 1 or enable_gqa)
@@ -160,9 +171,9 @@ def _attention(
     ctx.materialize((query, key, value, attn_mask))
     dims = [sharded_dim(tensor) for tensor in (query, key, value)]
     seq = query.ndim - 2
-    if not dropout_p and attn_mask is None and len(set(dims)) == 1 and dims[0] is not None and dims[0] < seq:
+    if not dropout_p and not other_mask and len(set(dims)) == 1 and dims[0] is not None and dims[0] < seq:
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return _by_batch(ctx, query, key, value, **options)
+        return _by_batch(ctx, query, key, value, attn_mask, **options)
     if dropout_p or not alike or not grouped or other_mask or set(dims) - {seq, None} or not set(dims) - {None}:
         ctx.on_attention(query, key, False)
         return NotImplemented

@@ -1,4 +1,4 @@
-"""Cutting and joining, by functions of torch: `cat`, slices, `split` and the like along the sharded dim, and padding.
+"""Cutting and joining, by functions of torch: `cat`, slices, `split` and the like along the sharded dim.
 
 DTensor would gather; here an exchange moves only the rows whose owner changes, see `reshard`. Names in quotes are those
 of programs in tests/autoshard/test_dtensor_rules.py, see `op_traits`.
@@ -13,14 +13,13 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from meshdiff.attention.problem import chunk_sizes
 from meshdiff.autoshard.context import ShardingContext
 from meshdiff.autoshard.dtensor_utils import as_replicated, sharded_dim, to_plain
-from meshdiff.autoshard.registry import Handlers, by_shard
+from meshdiff.autoshard.registry import Handlers
 from meshdiff.autoshard.reshard import SourceSlice
 from meshdiff.distributed.placements import REPLICATED
 from meshdiff.distributed.simulation import on_each_rank
@@ -108,23 +107,6 @@ def _rows(ctx: ShardingContext, tensor: DTensor, start: int, length: int, dim: i
     (part,) = ctx.reshard([tensor], [[SourceSlice(0, start, start + length)]], dim, views=True)
     ctx.viewed(tensor, part)
     return part
-
-
-@HANDLERS.of(F.pad)
-def _pad(ctx: ShardingContext, input: DTensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
-    dim = sharded_dim(input)
-    if dim is None or mode != "constant":
-        return NotImplemented
-    place = 2 * (input.ndim - 1 - dim)
-    before, after = pad[place : place + 2] if place < len(pad) else (0, 0)
-    if before < 0 or after < 0 or ((before or after) and value):
-        return NotImplemented
-    if before or after:
-        pieces = [SourceSlice(None, 0, before), SourceSlice(0, 0, input.shape[dim]), SourceSlice(None, 0, after)]
-        (input,) = ctx.reshard([input], [[piece for piece in pieces if len(piece)]], dim)
-    others = [*pad[:place], *(0,) * len(pad[place : place + 2]), *pad[place + 2 :]]
-    shape = F.pad(torch.empty(input.shape, device="meta"), others).shape
-    return by_shard(ctx, input, shape, F.pad, others, "constant", value)
 
 
 @HANDLERS.of(Tensor.__getitem__)
