@@ -33,7 +33,7 @@ ELSEWHERE = {
     r"wandb .*": "needs an account; tests/cli/test_sweep.py runs the command of a W&B agent",
     r"python experiments/sweep\.py.*": "takes minutes; tests/cli/test_sweep.py runs sweeps of one cell",
     r"(python|torchrun --nproc-per-node 2) -m experiments\.benchmarks\..*": "takes minutes, on an idle machine",
-    r"python -m experiments\.tools\.(diffusers|schedulers)_coverage.*": "takes 20 minutes; tests try each class",
+    r"python -m experiments\.tools\.(autoencoders|diffusers|schedulers)_coverage.*": "takes minutes; tests try each",
     r"python -m experiments\.(evaluate|train)_digits.*": "takes minutes; tests/models/test_digits.py runs its parts",
     r"python -m experiments\.tools\.flag_reference.*": "tests/test_repository.py compares what it prints",
     r"python -m pip wheel .*": "tests/integration/test_wheel.py builds it",

@@ -51,6 +51,14 @@ class Report:
         """The part of the floating point operations that ran on shards, from 0 to 1."""
         return _share(self.blocks)
 
+    @property
+    def summary(self) -> str:
+        """The share of the work on shards, and what did not run on them, in one line."""
+        share = f"{self.model} on {self.ranks} ranks: {_percent(self.sharded_share)} of its operations are sharded"
+        kinds = (f"{kind or 'all of it'} runs replicated" for kind in self.replicated_kinds)
+        gathers = (f"{row['function']} ({row['line']}) ran on replicated tensors" for row in self.gathers())
+        return "; ".join([share, *kinds, *gathers])
+
     def table(self) -> list[dict[str, Any]]:
         """A row for each block: the part of its work that ran on shards, its operations, what was sent for it."""
         return [_row(block) for block in self.blocks]

@@ -68,6 +68,9 @@ class ModelFlags:
     low_memory: Literal[0, 1, 2, 3] = 0
     """0: everything on the device. 1: decoded tiles are put together in host memory (Wan). 2: the text encoder, too,
     comes from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""
+    shard_vae: bool = True
+    """diffusers: all ranks of a request share the rows of the images that the VAE decodes or encodes, with activations
+    in parts; without it every rank does all of it."""
     tile: int = 256
     """Wan: pixels a side of the tiles that the ranks decode, a quarter of which overlaps; 0 decodes every frame in one
     piece, on every rank."""
@@ -103,6 +106,7 @@ class ModelFlags:
             "weights": None if self.weights is None else str(self.weights),
             "shape": dataclasses.asdict(self.shape) if "shape" in self.entry.flags else None,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
+            "shard_vae": self.shard_vae if "shard_vae" in self.entry.flags else None,
         }
 
     def of_run(self) -> dict[str, object]:
@@ -124,6 +128,8 @@ class ModelFlags:
         for name in OF_SOME_MODELS:
             if getattr(self, name) != getattr(defaults, name) and name not in entry.flags:
                 flag = "--dim, --depth, --heads" if name == "shape" else f"--{name.replace('_', '-')}"
+                if getattr(defaults, name) is True:
+                    flag = f"--no-{flag.removeprefix('--')}"
                 others = " or ".join(other for other, its in MODELS.items() if name in its.flags)
                 raise InputError(flag, f"is for --model {others}; this is --model {self.model}: leave it out")
         captures = "capture" in entry.flags and (self.capture or self.compile)
@@ -143,7 +149,7 @@ class ModelFlags:
 Made = tuple[Request, Mapping[str, Mapping[str, str]]]
 """A request with the sizes of the clip that was made, and fields of `RunMetrics` that only the run knows."""
 
-NO_FACTS: Mapping[str, Mapping[str, str]] = {"captured": {}, "stored_weights": {}}
+NO_FACTS: Mapping[str, Mapping[str, str]] = {"captured": {}, "stored_weights": {}, "autoencoders": {}}
 
 
 def _pipeline(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Pipeline:
@@ -180,7 +186,7 @@ class ModelEntry:
     """Function that returns the reason for a single branch, or the condition for two, given the model."""
     made: Callable[[Any, Request, Tensor], Made] = lambda run, request, clip: (
         request,
-        {"captured": {}, "stored_weights": {}},
+        {"captured": {}, "stored_weights": {}, "autoencoders": {}},
     )
     """Function that returns a `Made`, given the result of `run`, the request and the clip."""
 
@@ -193,6 +199,7 @@ OF_SOME_MODELS = (
     "tile",
     "capture",
     "shard_weights",
+    "shard_vae",
     "low_memory",
     "simulate",
 )
@@ -237,6 +244,7 @@ def _run_diffusers(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Any:
         shard_weights=flags.shard_weights,
         offload=flags.low_memory >= 3,
         offload_text=flags.low_memory >= 2,
+        shard_vae=flags.shard_vae,
     )
 
 
@@ -259,7 +267,7 @@ MODELS: dict[ModelName, ModelEntry] = {
     "diffusers": ModelEntry(
         open=lambda flags: import_diffusers().DiffusersModel(flags.checkpoint),
         defaults=lambda: import_diffusers().DiffusersModel.DEFAULTS,
-        flags=frozenset({"checkpoint", "capture", "shard_weights", "low_memory"}),
+        flags=frozenset({"checkpoint", "capture", "shard_weights", "shard_vae", "low_memory"}),
         strategies=tuple(name for name in get_args(StrategyFlag) if name != "hybrid"),
         checkpoint="the folder of a pipeline, or make a tiny one: "
         "python -m experiments.tiny_models.pipelines flux --out tiny-flux",

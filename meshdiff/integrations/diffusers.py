@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshdiff.attention.strategy import AUTO
 from meshdiff.autoshard import NO_CAPTURE, Backend, Guidance, Parallelized, Report, StoredWeights, storage_of
 from meshdiff.autoshard import parallelize as parallelize_module
+from meshdiff.distributed.mesh import ranks_of_replica
 
 __all__ = ["Parallel", "parallelize"]
 
@@ -31,25 +32,31 @@ PIPELINES = tuple(
 )
 
 
+HEIGHT = -2
+"""The dim of images and videos `[batch, channels, (frames,) height, width]` whose rows are shared."""
+
+
 @dataclass(frozen=True)
 class Parallel:
     """Models on a mesh.
 
     Attributes:
         models: those that share the sequence, by name.
+        autoencoders: decoders and encoders that share the rows of images, by name, `vae.decoder` say.
         guidance: those that share the guidance branches, by name.
         weights: of models whose weights are divided or in host memory, what is stored where, by name.
     """
 
     models: dict[str, Parallelized]
     guidance: dict[str, Guidance]
+    autoencoders: dict[str, Parallelized] = field(default_factory=dict)
     weights: dict[str, StoredWeights] = field(default_factory=dict)
 
     def report(self) -> dict[str, Report]:
         """The report of each model that has been called; see `meshdiff.parallelize`."""
         return {
             name: replace(model.report(), weights=str(self.weights.get(name, "")))
-            for name, model in self.models.items()
+            for name, model in {**self.models, **self.autoencoders}.items()
             if model.was_called
         }
 
@@ -67,7 +74,7 @@ class Parallel:
         for weights in self.weights.values():
             weights.remove()
         self.weights.clear()
-        for of_model in (self.guidance, self.models):
+        for of_model in (self.guidance, self.models, self.autoencoders):
             for handle in of_model.values():
                 handle.remove()
 
@@ -82,12 +89,14 @@ def parallelize(
     shard_weights: bool = False,
     offload: bool = False,
     offload_text: bool = False,
+    shard_vae: bool = True,
 ) -> Parallel:
-    """Put a model of diffusers, or the transformers of a pipeline, on a mesh.
+    """Put a model of diffusers, or the transformers and autoencoders of a pipeline, on a mesh.
 
     Ranks along `cp` share the sequence, as in `meshdiff.parallelize`. Ranks
     along `cfg` share the guidance branches: the rows of a doubled batch, or the
-    two or three calls of the transformer that a step makes.
+    two or three calls of the transformer that a step makes. All ranks share the
+    rows of the images that an autoencoder decodes or encodes.
 
     Every rank is to call it with the same arguments; for a pipeline, give each
     call a `generator` of the same seed.
@@ -102,6 +111,8 @@ def parallelize(
             those of the text encoders, and gathers those of a block at a time; see `meshdiff.parallelize`.
         offload: those of the transformers are stored in host memory.
         offload_text: those of the text encoders are.
+        shard_vae: share the rows of images between all ranks of the mesh, in the decoders and encoders of a pipeline;
+            what comes out differs from one rank's in the last bits, as sums are added up in another order.
 
     Raises:
         ValueError: for a pipeline without transformer, or another mesh; and as `meshdiff.parallelize`.
@@ -110,10 +121,17 @@ def parallelize(
     if not names or set(names) - {"cfg", "cp"}:
         raise ValueError(f'parallelize takes a mesh of dims "cfg" and "cp"; given {names or "dims without names"}')
     encoders: dict[str, nn.Module] = {}
+    autoencoders: dict[str, nn.Module] = {}
     if isinstance(model, PIPELINES):
         parts = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
         modules = {name: part for name, part in parts.items() if name.startswith("transformer")}
         encoders = {name: part for name, part in parts.items() if "text_encoder" in name}
+        autoencoders = {
+            f"{name}.{half}": getattr(part, half)
+            for name, part in parts.items()
+            for half in ("encoder", "decoder")
+            if shard_vae and hasattr(part, "decode") and isinstance(getattr(part, half, None), nn.Module)
+        }
         if not modules:
             raise ValueError(
                 f"{type(model).__name__} has no transformer to share out; its models are {', '.join(parts)}"
@@ -125,6 +143,7 @@ def parallelize(
     if capture and (shard_weights or offload):
         raise ValueError(NO_CAPTURE)
     parallel = Parallel({}, {})
+    everyone = mesh if mesh.ndim == 1 else ranks_of_replica(mesh)
     try:
         for name, module in modules.items():
             if "cp" in names:
@@ -136,11 +155,13 @@ def parallelize(
                 parallel.guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
         # Ranks of cfg run other branches, which may take other ways through the model: they never gather together.
         together = (mesh["cp"] if mesh.ndim > 1 else mesh) if "cp" in names else False
-        for kind, on_host, ranks in ((modules, offload, together), (encoders, offload_text, mesh)):
+        for kind, on_host, ranks in ((modules, offload, together), (encoders, offload_text, everyone)):
             storage = storage_of(mesh, ranks if shard_weights else False, on_host)
             for name, module in kind.items():
                 if storage is not None and not any(one.module is module for one in parallel.weights.values()):
                     parallel.weights[name] = StoredWeights(module, storage)
+        for name, module in autoencoders.items():
+            parallel.autoencoders[name] = parallelize_module(module, everyone, dim=HEIGHT, verify=verify)
     except Exception:
         parallel.remove()  # a pipeline is on the mesh as a whole, or not at all
         raise

@@ -1,8 +1,8 @@
 """A folder with any pipeline of diffusers as a model that `experiments/run.py` runs.
 
 The pipeline is the one that diffusers loads from the folder, with its own
-scheduler, text encoders and VAE, which every rank runs; its transformers are on
-the mesh, with their code unchanged.
+scheduler and text encoders, which every rank runs; its transformers and its VAE
+are on the mesh, with their code unchanged.
 """
 
 from __future__ import annotations
@@ -170,6 +170,7 @@ class DiffusersRun:
         strategy: of mesh attention.
         capture: run settled calls of the transformers as graphs; see `meshdiff.parallelize`.
         shard_weights, offload, offload_text: the place of weights; see `meshdiff.integrations.diffusers.parallelize`.
+        shard_vae: share the rows of images between the ranks, in the VAE.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class DiffusersRun:
         shard_weights: bool = False,
         offload: bool = False,
         offload_text: bool = False,
+        shard_vae: bool = True,
     ) -> None:
         self.model = model
         self.replica = mesh.get_local_rank(DP) if DP in (mesh.mesh_dim_names or ()) else 0
@@ -205,7 +207,9 @@ class DiffusersRun:
         options = {"shard_weights": shard_weights, "offload": offload, "offload_text": offload_text}
         self.pipeline.set_progress_bar_config(disable=True)
         try:
-            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy, capture=capture, **options)
+            self.parallel = parallelize(
+                self.pipeline, self.mesh, strategy=strategy, capture=capture, shard_vae=shard_vae, **options
+            )
         except ValueError as error:
             raise InputError("--checkpoint", f"{error}; name the folder of a pipeline that has one") from error
         stored = [weights.module for weights in self.parallel.weights.values()]
@@ -256,9 +260,12 @@ class DiffusersRun:
             vars(scheduler).update(copy.deepcopy(state))
 
     def facts(self) -> dict[str, dict[str, str]]:
-        """The outcome of capturing calls, and where weights are, for `metrics.json`; each by the name of a part."""
+        """What capture, stored weights and autoencoders came to, for `metrics.json`; each by the name of a part."""
         weights = {name: str(stored) for name, stored in self.parallel.weights.items()}
-        return {"captured": self.parallel.captured(), "stored_weights": weights}
+        autoencoders = {
+            name: part.report().summary for name, part in self.parallel.autoencoders.items() if part.was_called
+        }
+        return {"captured": self.parallel.captured(), "stored_weights": weights, "autoencoders": autoencoders}
 
     @staticmethod
     def done(request: Request, clip: Tensor) -> Request:

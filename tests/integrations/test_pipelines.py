@@ -29,9 +29,11 @@ def test_pipelines_on_real_ranks_make_the_same_images(ranks, tmp_path):
     assert results.keys() == PIPELINES.keys()
     assert {name: found[0] <= BOUND for name, found in results.items()} == dict.fromkeys(results, True)
     assert {name: found[3] for name, found in results.items()} == dict.fromkeys(results, 0.0)  # as before, once removed
+    assert [name for name, found in results.items() if found[4]] == []  # autoencoders are on rows
+    if ranks == 2:
+        assert results["wan"][0] == 0.0  # to the bit, with its VAE on every rank
     if ranks % 2 == 0:
-        assert results["wan"][0] == 0.0  # to the bit
-        for name, (_, traffic, steps, _) in results.items():
+        for name, (_, traffic, steps, *_) in results.items():
             for of_rank in traffic:
                 assert of_rank["cfg"] == {
                     "all_gather": {"count": steps, "bytes": of_rank["cfg"]["all_gather"]["bytes"]}
@@ -107,6 +109,8 @@ def test_a_folder_is_run_like_any_other_model(folders, tmp_path):
     metrics = json.loads((tmp_path / "two" / "0002-a-dog" / "metrics.json").read_text())
     assert (metrics["frames"], metrics["height"], metrics["guidance_scale"], metrics["seed"]) == (1, 80, 2.0, 3)
     assert metrics["comms"]["cp"]["all_to_all"]["count"] > 0
+    assert metrics["autoencoders"] == {"vae.decoder": "Decoder on 2 ranks: 100% of its operations are sharded"}
+    assert metrics["shard_vae"] is True
     records = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
     assert [r["error"] for r in records if r["status"] == "failed"] == [
         "--frames: is no option of a FluxPipeline; leave it out"

@@ -16,8 +16,7 @@ from meshdiff import CommsCounter, Layout, init_mesh, parallelize
 from meshdiff.autoshard.numerics import difference
 from meshdiff.distributed.consensus import all_gather_object
 from meshdiff.distributed.simulation import outside, unwrap
-
-HEIGHT = -2
+from meshdiff.integrations.diffusers import HEIGHT
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,11 @@ from meshdiff.integrations.diffusers import parallelize
 
 
 def of_pipelines() -> dict[str, Any]:
-    """Of every pipeline: the larger error of two calls, and every rank's traffic of the second."""
+    """Of every pipeline: the larger error of two calls, and every rank's traffic of the second.
+
+    Further the number of steps, the error after `remove`, and what ran on replicated tensors in the autoencoder, which
+    is on the mesh for more than two ranks: those of two are the same as the ranks of `cfg`, and so is what they send.
+    """
     logging.set_verbosity_error()
     world = dist.get_world_size()
     mesh = init_mesh(Layout(cfg=2, cp=world // 2) if world % 2 == 0 else Layout(cp=world), "cpu")
@@ -29,14 +33,18 @@ def of_pipelines() -> dict[str, Any]:
         pipeline = build()
         pipeline.set_progress_bar_config(disable=True)
         expected = call(pipeline, name)
-        parallel = parallelize(pipeline, mesh)
+        parallel = parallelize(pipeline, mesh, shard_vae=world > 2)
         first = call(pipeline, name)
         with CommsCounter(mesh) as comms:
             second = call(pipeline, name)
         error = max(difference(one, expected) for one in (first, second))
+        parts = [part for part in parallel.autoencoders.values() if part.was_called]
+        replicated = [row for part in parts for row in [*part.replicated_kinds, *part.report().gathers()]]
+        assert bool(parts) == (world > 2), f"{name}: {parts}"
         parallel.remove()
         again = difference(call(pipeline, name), expected)
-        results[name] = error, all_gather_object(comms.as_dict()), CALLS[name]["num_inference_steps"], again
+        steps = CALLS[name]["num_inference_steps"]
+        results[name] = error, all_gather_object(comms.as_dict()), steps, again, replicated
     results["guidance"] = all_gather_object(guided(mesh["cfg"])) if world % 2 == 0 else None
     return results
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch.distributed as dist
-from autoencoder_cases import Outcome, on_ranks, outcomes
+from autoencoder_cases import on_ranks, with_a_rank_that_is_off
 from ranks import run_on_ranks
 
 from experiments.tiny_models.autoencoders import AUTOENCODERS
+from experiments.tools.autoencoders_coverage import BOUND, Outcome, outcomes
 from meshdiff import Layout, init_mesh, simulate
-from meshdiff.autoshard import halo
-from meshdiff.distributed.consensus import all_gather_object
-
-BOUND = 1e-5
 
 
 def check(found: dict[str, Outcome]) -> None:
@@ -43,11 +39,3 @@ def test_an_autoencoder_is_itself_on_simulated_ranks(name):
 def test_the_output_is_wrong_when_one_rank_takes_other_rows(tmp_path):
     (error,) = {found["decoder"].error for found in run_on_ranks(with_a_rank_that_is_off, 2, tmp_path)}
     assert error > 100 * BOUND
-
-
-def with_a_rank_that_is_off() -> list[dict[str, Outcome]]:
-    """Of its neighbour, rank 1 gets what rank 0 does not send for it."""
-    packed, own_rank = halo._packed, dist.get_rank()
-    if own_rank == 0:
-        halo._packed = lambda *args: packed(*args) + 1
-    return all_gather_object(outcomes("AutoencoderKL", init_mesh(Layout(cp=2), "cpu")["cp"]))
