@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,6 +29,7 @@ def parallelize(
     capture: bool | Backend = False,
     shard_weights: bool | DeviceMesh = False,
     offload: bool = False,
+    aside: Callable[[Any, Any], bool] | None = None,
 ) -> Parallelized:
     """Put a model on a mesh, as it is: from now on every call of it is sharded over the ranks.
 
@@ -62,6 +66,8 @@ def parallelize(
             (`meshdiff.autoshard.stored_weights`). True divides between the ranks of `mesh`; a mesh, as `init_mesh`
             makes it, between all ranks of this rank's replica, which then have to call the module together.
         offload: store them in host memory (pinned, for a GPU) and copy them to the device in the same way.
+        aside: a function of the args and kwargs of a call, the same on every rank; where it returns True, every rank
+            does all of the call.
 
     Returns:
         A handle: `report()` describes the last new call, `graphs` has what
@@ -75,7 +81,15 @@ def parallelize(
     """
     storage = storage_of(mesh, shard_weights, offload)
     return Parallelized(
-        module, mesh, blocks=blocks, dim=dim, strategy=strategy, verify=verify, capture=capture, storage=storage
+        module,
+        mesh,
+        blocks=blocks,
+        dim=dim,
+        strategy=strategy,
+        verify=verify,
+        capture=capture,
+        storage=storage,
+        aside=aside,
     )
 
 

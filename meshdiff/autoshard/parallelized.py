@@ -66,6 +66,7 @@ class Parallelized:
         verify: bool,
         capture: bool | Backend,
         storage: Storage | None = None,
+        aside: Callable[[Any, Any], bool] | None = None,
     ) -> None:
         if mesh.ndim != 1:
             raise ValueError(f'parallelize takes a 1-D mesh, mesh["cp"] say; given {mesh.mesh_dim_names}')
@@ -83,7 +84,7 @@ class Parallelized:
         if capture and storage is not None:
             raise ValueError(NO_CAPTURE)
         self.module, self.mesh, self.strategy, self.verify = module, mesh, strategy, verify
-        self.dim = dim
+        self.dim, self.aside = dim, aside
         find = find_blocks if dim is None else find_convolutions
         self.blocks = find(module) if blocks is None else {name: module.get_submodule(name) for name in blocks}
         self.replicated_kinds: dict[str, str] = {}
@@ -156,6 +157,8 @@ class Parallelized:
             interception.remove()
 
     def _call(self, inner: Forward, args: Any, kwargs: Any) -> Any:
+        if self.aside is not None and self.aside(args, kwargs):
+            return self._untouched(inner, args, kwargs)
         args, kwargs = out_of_inference((args, kwargs))
         key = call_key(self.module, args, kwargs, self.mesh.device_type)
         calls = self._calls[key] = self._calls.get(key, 0) + 1

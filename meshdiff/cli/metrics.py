@@ -122,9 +122,10 @@ class RunMetrics:
     """The outcome of capturing the calls of each transformer, if capture was requested."""
     stored_weights: dict[str, str]
     """Of each part of a pipeline of diffusers with divided or offloaded weights, what each rank stores, and where."""
-    autoencoders: dict[str, str]
-    """Of each decoder and encoder of a pipeline of diffusers that ran on the mesh, how much of it ran on shards."""
+    parts: dict[str, str]
+    """Of each part of a pipeline of diffusers that ran on the mesh, how much of it ran on shards."""
     shard_weights: bool
+    shard_text: bool | None
     shard_vae: bool | None
     low_memory: int
     seconds_total: float

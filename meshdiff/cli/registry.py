@@ -68,6 +68,9 @@ class ModelFlags:
     low_memory: Literal[0, 1, 2, 3] = 0
     """0: everything on the device. 1: decoded tiles are put together in host memory (Wan). 2: the text encoder, too,
     comes from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""
+    shard_text: bool = True
+    """diffusers: all ranks of a request share the tokens of its prompt in the text encoders; without it every rank does
+    all of it."""
     shard_vae: bool = True
     """diffusers: all ranks of a request share the rows of the images that the VAE decodes or encodes, with activations
     in parts; without it every rank does all of it."""
@@ -106,6 +109,7 @@ class ModelFlags:
             "weights": None if self.weights is None else str(self.weights),
             "shape": dataclasses.asdict(self.shape) if "shape" in self.entry.flags else None,
             "dtype": str(self.torch_dtype).removeprefix("torch."),
+            "shard_text": self.shard_text if "shard_text" in self.entry.flags else None,
             "shard_vae": self.shard_vae if "shard_vae" in self.entry.flags else None,
         }
 
@@ -149,7 +153,7 @@ class ModelFlags:
 Made = tuple[Request, Mapping[str, Mapping[str, str]]]
 """A request with the sizes of the clip that was made, and fields of `RunMetrics` that only the run knows."""
 
-NO_FACTS: Mapping[str, Mapping[str, str]] = {"captured": {}, "stored_weights": {}, "autoencoders": {}}
+NO_FACTS: Mapping[str, Mapping[str, str]] = {"captured": {}, "stored_weights": {}, "parts": {}}
 
 
 def _pipeline(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Pipeline:
@@ -186,7 +190,7 @@ class ModelEntry:
     """Function that returns the reason for a single branch, or the condition for two, given the model."""
     made: Callable[[Any, Request, Tensor], Made] = lambda run, request, clip: (
         request,
-        {"captured": {}, "stored_weights": {}, "autoencoders": {}},
+        {"captured": {}, "stored_weights": {}, "parts": {}},
     )
     """Function that returns a `Made`, given the result of `run`, the request and the clip."""
 
@@ -199,6 +203,7 @@ OF_SOME_MODELS = (
     "tile",
     "capture",
     "shard_weights",
+    "shard_text",
     "shard_vae",
     "low_memory",
     "simulate",
@@ -244,6 +249,7 @@ def _run_diffusers(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Any:
         shard_weights=flags.shard_weights,
         offload=flags.low_memory >= 3,
         offload_text=flags.low_memory >= 2,
+        shard_text=flags.shard_text,
         shard_vae=flags.shard_vae,
     )
 
@@ -267,7 +273,7 @@ MODELS: dict[ModelName, ModelEntry] = {
     "diffusers": ModelEntry(
         open=lambda flags: import_diffusers().DiffusersModel(flags.checkpoint),
         defaults=lambda: import_diffusers().DiffusersModel.DEFAULTS,
-        flags=frozenset({"checkpoint", "capture", "shard_weights", "shard_vae", "low_memory"}),
+        flags=frozenset({"checkpoint", "capture", "shard_weights", "shard_text", "shard_vae", "low_memory"}),
         strategies=tuple(name for name in get_args(StrategyFlag) if name != "hybrid"),
         checkpoint="the folder of a pipeline, or make a tiny one: "
         "python -m experiments.tiny_models.pipelines flux --out tiny-flux",

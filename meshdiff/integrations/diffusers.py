@@ -10,6 +10,7 @@ Every rank runs the pipeline, and gets the same images.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
@@ -42,6 +43,7 @@ class Parallel:
 
     Attributes:
         models: those that share the sequence, by name.
+        encoders: text encoders that share the tokens of prompts, by name.
         autoencoders: decoders and encoders that share the rows of images, by name, `vae.decoder` say.
         guidance: those that share the guidance branches, by name.
         weights: of models whose weights are divided or in host memory, what is stored where, by name.
@@ -49,6 +51,7 @@ class Parallel:
 
     models: dict[str, Parallelized]
     guidance: dict[str, Guidance]
+    encoders: dict[str, Parallelized] = field(default_factory=dict)
     autoencoders: dict[str, Parallelized] = field(default_factory=dict)
     weights: dict[str, StoredWeights] = field(default_factory=dict)
 
@@ -56,7 +59,7 @@ class Parallel:
         """The report of each model that has been called; see `meshdiff.parallelize`."""
         return {
             name: replace(model.report(), weights=str(self.weights.get(name, "")))
-            for name, model in {**self.models, **self.autoencoders}.items()
+            for name, model in {**self.models, **self.encoders, **self.autoencoders}.items()
             if model.was_called
         }
 
@@ -74,9 +77,14 @@ class Parallel:
         for weights in self.weights.values():
             weights.remove()
         self.weights.clear()
-        for of_model in (self.guidance, self.models, self.autoencoders):
+        for of_model in (self.guidance, self.models, self.encoders, self.autoencoders):
             for handle in of_model.values():
                 handle.remove()
+
+
+def writes_text(args: Any, kwargs: Any) -> bool:
+    """True for a call of a language model that goes on from a cache, or is to make one that is used."""
+    return kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
 
 
 def parallelize(
@@ -89,14 +97,16 @@ def parallelize(
     shard_weights: bool = False,
     offload: bool = False,
     offload_text: bool = False,
+    shard_text: bool = True,
     shard_vae: bool = True,
 ) -> Parallel:
-    """Put a model of diffusers, or the transformers and autoencoders of a pipeline, on a mesh.
+    """Put a model of diffusers, or the transformers, text encoders and autoencoders of a pipeline, on a mesh.
 
     Ranks along `cp` share the sequence, as in `meshdiff.parallelize`. Ranks
     along `cfg` share the guidance branches: the rows of a doubled batch, or the
     two or three calls of the transformer that a step makes. All ranks share the
-    rows of the images that an autoencoder decodes or encodes.
+    tokens of the prompts that a text encoder reads, and the rows of the images
+    that an autoencoder decodes or encodes.
 
     Every rank is to call it with the same arguments; for a pipeline, give each
     call a `generator` of the same seed.
@@ -111,6 +121,8 @@ def parallelize(
             those of the text encoders, and gathers those of a block at a time; see `meshdiff.parallelize`.
         offload: those of the transformers are stored in host memory.
         offload_text: those of the text encoders are.
+        shard_text: share the tokens of prompts between all ranks of the mesh, in the text encoders of a pipeline; calls
+            that go on from a cache of keys and values, to write text, are done by every rank.
         shard_vae: share the rows of images between all ranks of the mesh, in the decoders and encoders of a pipeline;
             what comes out differs from one rank's in the last bits, as sums are added up in another order.
 
@@ -153,6 +165,13 @@ def parallelize(
                 )
             if "cfg" in names:
                 parallel.guidance[name] = Guidance(module, mesh["cfg"] if mesh.ndim > 1 else mesh)
+        for name, module in encoders.items() if shard_text else ():
+            if not any(one.module is module for one in parallel.encoders.values()):
+                parallel.encoders[name] = parallelize_module(
+                    module, everyone, strategy=strategy, verify=verify, aside=writes_text
+                )
+        for name, module in autoencoders.items():
+            parallel.autoencoders[name] = parallelize_module(module, everyone, dim=HEIGHT, verify=verify)
         # Ranks of cfg run other branches, which may take other ways through the model: they never gather together.
         together = (mesh["cp"] if mesh.ndim > 1 else mesh) if "cp" in names else False
         for kind, on_host, ranks in ((modules, offload, together), (encoders, offload_text, everyone)):
@@ -160,8 +179,6 @@ def parallelize(
             for name, module in kind.items():
                 if storage is not None and not any(one.module is module for one in parallel.weights.values()):
                     parallel.weights[name] = StoredWeights(module, storage)
-        for name, module in autoencoders.items():
-            parallel.autoencoders[name] = parallelize_module(module, everyone, dim=HEIGHT, verify=verify)
     except Exception:
         parallel.remove()  # a pipeline is on the mesh as a whole, or not at all
         raise

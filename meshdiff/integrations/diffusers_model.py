@@ -1,8 +1,8 @@
 """A folder with any pipeline of diffusers as a model that `experiments/run.py` runs.
 
 The pipeline is the one that diffusers loads from the folder, with its own
-scheduler and text encoders, which every rank runs; its transformers and its VAE
-are on the mesh, with their code unchanged.
+scheduler; its transformers, text encoders and VAE are on the mesh, with their
+code unchanged.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class DiffusersRun:
         dtype: of weights and activations.
         strategy: of mesh attention.
         capture: run settled calls of the transformers as graphs; see `meshdiff.parallelize`.
-        shard_weights, offload, offload_text: the place of weights; see `meshdiff.integrations.diffusers.parallelize`.
-        shard_vae: share the rows of images between the ranks, in the VAE.
+        shard_weights, offload, offload_text, shard_text, shard_vae: the place of weights, and what ranks share beside
+            the transformers; see `meshdiff.integrations.diffusers.parallelize`.
     """
 
     def __init__(
@@ -183,6 +183,7 @@ class DiffusersRun:
         shard_weights: bool = False,
         offload: bool = False,
         offload_text: bool = False,
+        shard_text: bool = True,
         shard_vae: bool = True,
     ) -> None:
         self.model = model
@@ -205,11 +206,10 @@ class DiffusersRun:
         if any(parameter.is_meta for part in parts for parameter in part.parameters()):
             raise model.unreadable("it has no weights for some of its layers")
         options = {"shard_weights": shard_weights, "offload": offload, "offload_text": offload_text}
+        options |= {"shard_text": shard_text, "shard_vae": shard_vae}
         self.pipeline.set_progress_bar_config(disable=True)
         try:
-            self.parallel = parallelize(
-                self.pipeline, self.mesh, strategy=strategy, capture=capture, shard_vae=shard_vae, **options
-            )
+            self.parallel = parallelize(self.pipeline, self.mesh, strategy=strategy, capture=capture, **options)
         except ValueError as error:
             raise InputError("--checkpoint", f"{error}; name the folder of a pipeline that has one") from error
         stored = [weights.module for weights in self.parallel.weights.values()]
@@ -260,12 +260,10 @@ class DiffusersRun:
             vars(scheduler).update(copy.deepcopy(state))
 
     def facts(self) -> dict[str, dict[str, str]]:
-        """What capture, stored weights and autoencoders came to, for `metrics.json`; each by the name of a part."""
+        """The outcome of capture, the place of weights and the work on shards, by part, for `metrics.json`."""
         weights = {name: str(stored) for name, stored in self.parallel.weights.items()}
-        autoencoders = {
-            name: part.report().summary for name, part in self.parallel.autoencoders.items() if part.was_called
-        }
-        return {"captured": self.parallel.captured(), "stored_weights": weights, "autoencoders": autoencoders}
+        parts = {name: report.summary for name, report in self.parallel.report().items()}
+        return {"captured": self.parallel.captured(), "stored_weights": weights, "parts": parts}
 
     @staticmethod
     def done(request: Request, clip: Tensor) -> Request:

@@ -24,6 +24,7 @@ GIVEN = {
     "tile": ["--tile", "0"],
     "capture": ["--capture"],
     "shard_weights": ["--shard-weights"],
+    "shard_text": ["--no-shard-text"],
     "shard_vae": ["--no-shard-vae"],
     "low_memory": ["--low-memory", "1"],
     "simulate": ["--simulate"],

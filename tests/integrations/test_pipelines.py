@@ -109,8 +109,9 @@ def test_a_folder_is_run_like_any_other_model(folders, tmp_path):
     metrics = json.loads((tmp_path / "two" / "0002-a-dog" / "metrics.json").read_text())
     assert (metrics["frames"], metrics["height"], metrics["guidance_scale"], metrics["seed"]) == (1, 80, 2.0, 3)
     assert metrics["comms"]["cp"]["all_to_all"]["count"] > 0
-    assert metrics["autoencoders"] == {"vae.decoder": "Decoder on 2 ranks: 100% of its operations are sharded"}
-    assert metrics["shard_vae"] is True
+    assert metrics["parts"].keys() == {"transformer", "text_encoder", "text_encoder_2", "vae.decoder"}
+    assert metrics["parts"]["vae.decoder"] == "Decoder on 2 ranks: 100% of its operations are sharded"
+    assert metrics["shard_text"] is metrics["shard_vae"] is True
     records = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
     assert [r["error"] for r in records if r["status"] == "failed"] == [
         "--frames: is no option of a FluxPipeline; leave it out"

@@ -22,8 +22,8 @@ from meshdiff.integrations.diffusers import parallelize
 def of_pipelines() -> dict[str, Any]:
     """Of every pipeline: the larger error of two calls, and every rank's traffic of the second.
 
-    Further the number of steps, the error after `remove`, and what ran on replicated tensors in the autoencoder, which
-    is on the mesh for more than two ranks: those of two are the same as the ranks of `cfg`, and so is what they send.
+    Further the number of steps, the error after `remove`, and what ran on replicated tensors in the autoencoder. That
+    and text encoders are on the mesh for more than two ranks: two are also those of `cfg`, and so is what they send.
     """
     logging.set_verbosity_error()
     world = dist.get_world_size()
@@ -33,7 +33,7 @@ def of_pipelines() -> dict[str, Any]:
         pipeline = build()
         pipeline.set_progress_bar_config(disable=True)
         expected = call(pipeline, name)
-        parallel = parallelize(pipeline, mesh, shard_vae=world > 2)
+        parallel = parallelize(pipeline, mesh, shard_text=world > 2, shard_vae=world > 2)
         first = call(pipeline, name)
         with CommsCounter(mesh) as comms:
             second = call(pipeline, name)
@@ -41,6 +41,7 @@ def of_pipelines() -> dict[str, Any]:
         parts = [part for part in parallel.autoencoders.values() if part.was_called]
         replicated = [row for part in parts for row in [*part.replicated_kinds, *part.report().gathers()]]
         assert bool(parts) == (world > 2), f"{name}: {parts}"
+        assert any(encoder.was_called for encoder in parallel.encoders.values()) == (world > 2), name
         parallel.remove()
         again = difference(call(pipeline, name), expected)
         steps = CALLS[name]["num_inference_steps"]
