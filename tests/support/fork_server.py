@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch._dynamo  # which every rank would import for itself, with its first DTensor
 import torch.distributed as dist
 
 from meshdiff.distributed.launch import end_process
@@ -127,6 +128,7 @@ def call(rank: Rank) -> Any:
     function = getattr(importlib.import_module(module), name)
     if rank.world:
         init_distributed()
+        dist.barrier()  # a rank that ends while another still connects to it would let that one fail
     result = function(*pickle.loads(rank.arguments))
     if rank.world and dist.is_initialized():
         dist.destroy_process_group()
