@@ -22,6 +22,7 @@ BOUND = 1e-4
 FLAGS = ("--model", "diffusers", "--wandb", "disabled", "--steps", "2", "--height", "80", "--width", "112")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_pipelines_on_real_ranks_make_the_same_images(ranks, tmp_path):
     results = run_on_ranks(of_pipelines, ranks, tmp_path)
