@@ -36,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(LOCKS)))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start what is marked `long` first, or one worker would be busy with it when the other has nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @contextmanager
 def lock(name: str, exclusive: bool) -> Iterator[None]:
     with Path(os.environ[LOCKS], name).open("w") as file:

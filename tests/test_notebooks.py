@@ -24,6 +24,7 @@ def pictures(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for c in notebook.cells for output in c.get("outputs", []))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_says_what_it_says(path):
     stored = nbformat.read(path, as_version=4)

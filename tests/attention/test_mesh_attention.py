@@ -246,6 +246,7 @@ def test_joint_tokens_equal_one_sequence_on_one_device(case, ranks):
     check_joint(values, case)
 
 
+@pytest.mark.long
 def test_compiled_strategies_have_no_graph_break_and_the_same_bits(tmp_path):
     assert run_on_ranks(on_ranks.compiled_attention, 2, tmp_path) == [True, True]
 

@@ -166,6 +166,7 @@ def statistics():
         print(f"\n{counted}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_drawn_program_is_itself_on_a_mesh_or_says_clearly_that_it_cannot_be(seed, statistics):
     @settings(

@@ -117,6 +117,7 @@ def test_real_ranks_agree_with_one_device_and_keep_the_contract(world_size, tmp_
             assert traffic == of_rank(expected, layout, config, TOKENS, REQUEST.steps, batch, rank)
 
 
+@pytest.mark.long
 def test_compiled_blocks_give_the_same_and_send_the_same(tmp_path):
     video, ranks = run_on_ranks(on_ranks.compiled, 3, tmp_path)
     torch.testing.assert_close(video, on_one_device(REQUEST, 2, 6), rtol=0, atol=TOLERANCE)

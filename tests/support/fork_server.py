@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch._dynamo  # which every rank would import for itself, with its first DTensor
 import torch.distributed as dist
 
 from meshdiff.distributed.launch import end_process
@@ -34,6 +35,7 @@ class Rank:
     Attributes:
         number: its rank.
         check: the function that it calls, as "module:name".
+        imports: modules that it needs besides, which the server imports once for all ranks.
         arguments: those of the function, pickled.
         world: whether the function is called in a world of all ranks, or forms one itself.
         environment: its environment variables, those of torchrun among them.
@@ -43,6 +45,7 @@ class Rank:
 
     number: int
     check: str
+    imports: tuple[str, ...]
     arguments: bytes
     world: bool
     environment: dict[str, str]
@@ -86,7 +89,8 @@ def kill(processes: Any) -> None:
 def fork(rank: Rank) -> int:
     """Start a rank; its process."""
     with contextlib.suppress(Exception):  # the rank will have the same error, and say so
-        importlib.import_module(rank.check.partition(":")[0])
+        for module in (rank.check.partition(":")[0], *rank.imports):
+            importlib.import_module(module)
     server, threads = os.getpid(), len(os.listdir("/proc/self/task"))
     process = os.fork()
     if not process:
@@ -127,6 +131,7 @@ def call(rank: Rank) -> Any:
     function = getattr(importlib.import_module(module), name)
     if rank.world:
         init_distributed()
+        dist.barrier()  # a rank that ends while another still connects to it would let that one fail
     result = function(*pickle.loads(rank.arguments))
     if rank.world and dist.is_initialized():
         dist.destroy_process_group()

@@ -112,6 +112,7 @@ def start_on_ranks(
     world: bool = True,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    imports: tuple[str, ...] = (),
 ) -> Ended:
     """Call a function on that many ranks and wait until all have ended, whatever came of them.
 
@@ -122,6 +123,7 @@ def start_on_ranks(
         world: whether the ranks form a world before they call it.
         cwd: where they work; by default where this process does.
         environment: variables that they have and this process does not.
+        imports: modules that ranks would import one by one, long after they have started.
     """
     name = f"{check.__module__}:{check.__qualname__}"
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # what ranks need of torchrun
@@ -134,7 +136,7 @@ def start_on_ranks(
         own = of_all | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         own |= {"TORCHELASTIC_ERROR_FILE": str(files / f"{rank}.report")}
         given = pickle.dumps(arguments)
-        server(rank % 2).send(Rank(rank, name, given, world, own, cwd or Path.cwd(), files / str(rank)))
+        server(rank % 2).send(Rank(rank, name, imports, given, world, own, cwd or Path.cwd(), files / str(rank)))
     codes, timed_out = exit_codes(world_size, timeout)
     of_ranks = [files / str(rank) for rank in range(world_size)]
     return Ended(
@@ -150,7 +152,8 @@ def start_on_ranks(
 
 def run_command(flags: Sequence[str], world_size: int, folder: Path, **options: Any) -> Ended:
     """`meshdiff run` with these flags on that many ranks, as torchrun would start it; see `start_on_ranks`."""
-    return start_on_ranks(on_ranks.command, world_size, folder, list(flags), world=False, **options)
+    imports = ("meshdiff.integrations.diffusers_model",) if "diffusers" in flags else ()
+    return start_on_ranks(on_ranks.command, world_size, folder, list(flags), world=False, imports=imports, **options)
 
 
 def report(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_every_rank
@@ -53,6 +54,7 @@ def traffic_and_compiled() -> tuple[Any, Any, list[float], str, list[str]]:
     return sent[:2], same, errors, handles[1].graphs[0].code, told
 
 
+@pytest.mark.long
 def test_a_graph_sends_what_the_model_sends_and_can_be_read_and_compiled(tmp_path):
     for sent, same, errors, code, told in run_on_every_rank(traffic_and_compiled, 3, tmp_path):
         assert sent[0] == sent[1]

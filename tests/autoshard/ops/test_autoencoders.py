@@ -18,6 +18,7 @@ def check(found: dict[str, Outcome]) -> None:
         assert outcome.share > 0.97, part  # the rest are layers of inputs that stay whole, as of a spatial norm
 
 
+@pytest.mark.long
 def test_every_autoencoder_is_itself_on_real_ranks(tmp_path):
     for found in run_on_ranks(on_ranks, 3, tmp_path):
         assert found.keys() == AUTOENCODERS.keys()
