@@ -64,7 +64,7 @@ class ModelFlags:
     shard_weights: bool = False
     """Each rank stores its part of every weight and gathers a block's at a time. Without it every rank stores all
     weights: --cp and --cfg divide the work and the activations only. diffusers: of
-    transformers between the ranks of --cp alone, of text encoders between all."""
+    transformers between the ranks of --cp alone, of text encoders and the VAE between all."""
     low_memory: Literal[0, 1, 2, 3] = 0
     """0: everything on the device. 1: decoded tiles are put together in host memory (Wan). 2: the text encoder, too,
     comes from host memory, a layer at a time. 3: so do the transformer's blocks. Slower each time, the same clip."""

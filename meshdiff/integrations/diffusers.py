@@ -82,6 +82,12 @@ class Parallel:
                 handle.remove()
 
 
+def _halves(vae: nn.Module) -> dict[str, nn.Module]:
+    """The encoder and the decoder of an autoencoder."""
+    halves = {name: getattr(vae, name, None) for name in ("encoder", "decoder")}
+    return {name: half for name, half in halves.items() if isinstance(half, nn.Module)}
+
+
 def writes_text(args: Any, kwargs: Any) -> bool:
     """True for a call of a language model that goes on from a cache, or is to make one that is used."""
     return kwargs.get("past_key_values") is not None or bool(kwargs.get("use_cache"))
@@ -118,7 +124,7 @@ def parallelize(
         verify: compare the first call with that of the original model; see `meshdiff.parallelize`.
         capture: run calls that have settled as graphs, without the model's Python; see `meshdiff.parallelize`.
         shard_weights: each rank of `cp` stores a part of the weights of the transformers, each rank of the mesh one of
-            those of the text encoders, and gathers those of a block at a time; see `meshdiff.parallelize`.
+            those of the text encoders and the VAE, and gathers those of a block at a time; see `meshdiff.parallelize`.
         offload: those of the transformers are stored in host memory.
         offload_text: those of the text encoders are.
         shard_text: share the tokens of prompts between all ranks of the mesh, in the text encoders of a pipeline; calls
@@ -133,17 +139,12 @@ def parallelize(
     if not names or set(names) - {"cfg", "cp"}:
         raise ValueError(f'parallelize takes a mesh of dims "cfg" and "cp"; given {names or "dims without names"}')
     encoders: dict[str, nn.Module] = {}
-    autoencoders: dict[str, nn.Module] = {}
+    vaes: dict[str, nn.Module] = {}
     if isinstance(model, PIPELINES):
         parts = {name: part for name, part in vars(model).items() if isinstance(part, nn.Module)}
         modules = {name: part for name, part in parts.items() if name.startswith("transformer")}
         encoders = {name: part for name, part in parts.items() if "text_encoder" in name}
-        autoencoders = {
-            f"{name}.{half}": getattr(part, half)
-            for name, part in parts.items()
-            for half in ("encoder", "decoder")
-            if shard_vae and hasattr(part, "decode") and isinstance(getattr(part, half, None), nn.Module)
-        }
+        vaes = {name: part for name, part in parts.items() if hasattr(part, "decode") and _halves(part)}
         if not modules:
             raise ValueError(
                 f"{type(model).__name__} has no transformer to share out; its models are {', '.join(parts)}"
@@ -170,11 +171,18 @@ def parallelize(
                 parallel.encoders[name] = parallelize_module(
                     module, everyone, strategy=strategy, verify=verify, aside=writes_text
                 )
-        for name, module in autoencoders.items():
-            parallel.autoencoders[name] = parallelize_module(module, everyone, dim=HEIGHT, verify=verify)
+        for name, vae in vaes.items() if shard_vae else ():
+            for half, module in _halves(vae).items():
+                parallel.autoencoders[f"{name}.{half}"] = parallelize_module(
+                    module, everyone, dim=HEIGHT, verify=verify
+                )
         # Ranks of cfg run other branches, which may take other ways through the model: they never gather together.
         together = (mesh["cp"] if mesh.ndim > 1 else mesh) if "cp" in names else False
-        for kind, on_host, ranks in ((modules, offload, together), (encoders, offload_text, everyone)):
+        for kind, on_host, ranks in (
+            (modules, offload, together),
+            (encoders, offload_text, everyone),
+            (vaes, False, everyone),
+        ):
             storage = storage_of(mesh, ranks if shard_weights else False, on_host)
             for name, module in kind.items():
                 if storage is not None and not any(one.module is module for one in parallel.weights.values()):
