@@ -14,8 +14,6 @@ import pytest
 import yaml
 from PIL import Image
 from ranks import EXPERIMENTS
-from sweeps import SweepConfig, next_runs
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb_log import read_log
 
 from meshdiff import InputError, Layout
@@ -268,6 +266,10 @@ def test_a_sweep_goes_on_only_with_the_clips_that_it_has(tmp_path):
 
 
 def test_the_wandb_sweep_is_valid_and_its_command_runs(tmp_path):
+    # These two take seconds, which nothing else of the suite needs.
+    from sweeps import SweepConfig, next_runs
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
     described = yaml.safe_load((EXPERIMENTS / "sweep.yaml").read_text())
     runs = [run.config for run in next_runs(SweepConfig(described), [], n=20) if run is not None]
     assert len({json.dumps(config, sort_keys=True) for config in runs}) == 12

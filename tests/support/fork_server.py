@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import pickle
@@ -92,6 +93,7 @@ def fork(rank: Rank) -> int:
         for module in (rank.check.partition(":")[0], *rank.imports):
             importlib.import_module(module)
     server, threads = os.getpid(), len(os.listdir("/proc/self/task"))
+    gc.freeze()  # what is imported stays: no rank looks through it for garbage, which would copy its pages
     process = os.fork()
     if not process:
         become(rank, server, threads)
