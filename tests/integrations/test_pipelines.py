@@ -192,6 +192,7 @@ def test_weights_that_are_stored_elsewhere_make_the_same_clip(name, layout, flag
         metrics = json.loads((out / "metrics.json").read_text())
         gathers.append(sum(of_dim["all_gather"]["count"] for of_dim in metrics["comms"].values()))
         parts = {"transformer", "text_encoder", "text_encoder_2"} if name == "flux" else {"text_encoder"}
+        parts.add("vae")
         assert metrics["stored_weights"].keys() == (parts if weights else set())
         assert all("divided between 2 ranks" in words for words in metrics["stored_weights"].values())
     assert torch.equal(*videos)
