@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.utils import logging
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -115,6 +116,7 @@ def on_ranks(config: Config) -> None:
     """Load the pipeline and make a clip; rank 0 writes what came of it."""
     assert config.to is not None
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     mesh = init_mesh(Layout(1, launched_world_size()), "cpu")
     model = DiffusersModel(str(config.folder))
     with peak() as loading:

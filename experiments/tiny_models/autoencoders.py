@@ -351,4 +351,17 @@ AUTOENCODERS: dict[str, TinyAutoencoder] = {
         (1, 3, 3, 28, 16),
         {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2},
     ),
+    "AutoencoderOobleck": TinyAutoencoder(
+        "AutoencoderOobleck",
+        (1, 4, 13),
+        (1, 2, 52),
+        {
+            "encoder_hidden_size": 8,
+            "downsampling_ratios": [2, 2],
+            "channel_multiples": [1, 2],
+            "decoder_channels": 8,
+            "decoder_input_channels": 4,
+            "audio_channels": 2,
+        },
+    ),
 }

@@ -29,7 +29,7 @@ from meshdiff.distributed.launch import end_process, start_ranks
 from meshdiff.distributed.mesh import Layout, init_mesh, launched_world_size
 from meshdiff.distributed.simulation import outside, unwrap
 from meshdiff.errors import InputError
-from meshdiff.integrations.diffusers import HEIGHT
+from meshdiff.integrations.diffusers import rows_of
 
 BOUND = 1e-5
 INTRODUCTION = """\
@@ -80,7 +80,7 @@ def outcomes(name: str, mesh: Any) -> dict[str, Outcome]:
         model = tiny.build()
         expected = {"decoder": tiny.decode(model), "encoder": tiny.encode(model)}
     for part, run in (("decoder", tiny.decode), ("encoder", tiny.encode)):
-        parallel = parallelize(getattr(model, part), mesh, dim=HEIGHT)
+        parallel = parallelize(getattr(model, part), mesh, dim=rows_of(getattr(model, part)))
         errors = [difference(unwrap(run(model)), expected[part]) for _ in range(2)]
         with CommsCounter(mesh) as comms:
             errors.append(difference(unwrap(run(model)), expected[part]))

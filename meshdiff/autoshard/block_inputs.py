@@ -71,7 +71,7 @@ def shard_tokens(
     their sequence is the longest of the dims between the first and the last, or
     the first, where these are too short for all ranks. `others` are the names of
     further arguments to treat in the same way, see `become_shards`. A `dim` is the
-    one to shard instead, of a tensor with at least three.
+    one to shard instead, of a tensor in which it comes after batch and channels.
 
     Returns:
         args and kwargs, and the pairs of plain tensors and what they became.
@@ -113,7 +113,7 @@ def _sequence(value: Any, ranks: int, wanted: int | None = None) -> int | None:
     if not _may_be_tokens(value):
         return None
     if wanted is not None:
-        fits = value.ndim > 2 and -value.ndim <= wanted < value.ndim
+        fits = -value.ndim <= wanted < value.ndim and wanted % value.ndim > 1
         return wanted % value.ndim if fits and chunk_sizes(value.shape[wanted], ranks)[-1] else None
     longest = sorted(range(1, value.ndim - 1), key=lambda i: -value.shape[i])[:1]
     return next((dim for dim in (*longest, 0) if chunk_sizes(value.shape[dim], ranks)[-1]), None)

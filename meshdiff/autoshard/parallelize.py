@@ -50,8 +50,9 @@ def parallelize(
         blocks: names of the submodules at whose entry tokens become shards;
             by default the members of the module's lists of blocks.
         dim: the dim of the blocks' first tensor to shard, instead of the sequence: -2, the height, for decoders and
-            encoders of images and videos `[batch, channels, (frames,) height, width]`. Blocks are then all modules
-            with convolutions in them, whose rows come with a halo.
+            encoders of images and videos `[batch, channels, (frames,) height, width]`, -1 for sound. Blocks are then
+            all modules with convolutions in them, whose rows come with a halo. Tensors in which it does not come after
+            batch and channels stay replicated.
         strategy: of mesh attention, see `meshdiff.mesh_attention`.
         verify: compare the first call for each set of shapes with the untouched
             model's, on every rank, and raise if they differ.

@@ -35,6 +35,8 @@ PIPELINES = tuple(
 
 HEIGHT = -2
 """The dim of images and videos `[batch, channels, (frames,) height, width]` whose rows are shared."""
+LENGTH = -1
+"""The dim of sound `[batch, channels, length]` that is shared."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ class Parallel:
         for of_model in (self.guidance, self.models, self.encoders, self.autoencoders):
             for handle in of_model.values():
                 handle.remove()
+
+
+def rows_of(half: nn.Module) -> int:
+    """The dim that ranks share of what an autoencoder decodes or encodes."""
+    flat = any(isinstance(part, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)) for part in half.modules())
+    return HEIGHT if flat else LENGTH
 
 
 def _halves(vae: nn.Module) -> dict[str, nn.Module]:
@@ -174,7 +182,7 @@ def parallelize(
         for name, vae in vaes.items() if shard_vae else ():
             for half, module in _halves(vae).items():
                 parallel.autoencoders[f"{name}.{half}"] = parallelize_module(
-                    module, everyone, dim=HEIGHT, verify=verify
+                    module, everyone, dim=rows_of(module), verify=verify
                 )
         # Ranks of cfg run other branches, which may take other ways through the model: they never gather together.
         together = (mesh["cp"] if mesh.ndim > 1 else mesh) if "cp" in names else False
