@@ -89,7 +89,7 @@ def write_pipeline(folder: Path, config: Config) -> None:
 
 def anonymous() -> int:
     """Bytes of memory of this process that are not those of a file."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
 
 
@@ -137,7 +137,7 @@ def on_ranks(config: Config) -> None:
     of_all = all_gather_object(found)
     if dist.get_rank() == 0 if dist.is_initialized() else True:
         torch.save(clip, config.to / f"{launched_world_size()}.pt")
-        (config.to / f"{launched_world_size()}.json").write_text(json.dumps(of_all))
+        (config.to / f"{launched_world_size()}.json").write_text(json.dumps(of_all), encoding="utf-8")
 
 
 def _left(run: DiffusersRun, parts: list[nn.Module]) -> int:
@@ -164,7 +164,7 @@ def main() -> None:
         clips: dict[int, Tensor] = {}
         for ranks in config.ranks:
             start_ranks(ranks, ["-m", __spec__.name, "--folder", str(folder), "--to", str(to)])
-            of_all = json.loads((to / f"{ranks}.json").read_text())
+            of_all = json.loads((to / f"{ranks}.json").read_text(encoding="utf-8"))
             clips[ranks] = torch.load(to / f"{ranks}.pt")
             most = {name: max(of_rank[name] for of_rank in of_all) for name in of_all[0]}
             sizes = (f"{most[name] / MB:,.0f} MB" for name in ("total", "held", "blocks", "loading"))
