@@ -88,7 +88,7 @@ def _normalized(
         scale = scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     scale, shift = (tensor.view(shard.shape[0], channels, *ones) for tensor in (scale, shift))
-    dtype = F.group_norm(shard.new_zeros((1, groups)), groups).dtype  # another one under autocast
+    dtype = F.group_norm(shard.new_zeros((1, groups, 2)), groups).dtype  # another one under autocast
     return torch.addcmul(shift, shard, scale).to(dtype).contiguous()
 
 
