@@ -65,7 +65,9 @@ def _register_convolution(function: Any, dims: int) -> None:
         strides, dilations = _of_each(stride, dims), _of_each(dilation, dims)
         reach = [apart * (size - 1) for apart, size in zip(dilations, weight.shape[2:], strict=True)]
         if isinstance(padding, str):
-            if padding != "valid" and any(size % 2 for size in reach):
+            if padding not in ("same", "valid") or (padding == "same" and max(strides) > 1):
+                return NotImplemented  # for which torch raises
+            if padding == "same" and any(size % 2 for size in reach):
                 return NotImplemented  # it has one more row after than before
             padding = [size // 2 if padding == "same" else 0 for size in reach]
         paddings = _of_each(padding, dims)
@@ -74,7 +76,7 @@ def _register_convolution(function: Any, dims: int) -> None:
             for size, own, far, step in zip(input.shape[-dims:], paddings, reach, strides, strict=True)
         ]
         if min(sizes) < 1:
-            return NotImplemented
+            return NotImplemented  # for which torch raises
         source, before = ctx.padded(input)
         first = -paddings[place] - before
         shape = torch.Size((*input.shape[: -dims - 1], weight.shape[0], *sizes))
@@ -114,8 +116,8 @@ def _register_transposed(function: Any, dims: int) -> None:
             (size - 1) * step - 2 * own + far + extra + 1
             for size, step, own, far, extra in zip(input.shape[-dims:], strides, paddings, reach, more, strict=True)
         ]
-        if min(sizes) < 1:
-            return NotImplemented
+        if min(sizes) < 1 or any(extra >= max(two) for extra, *two in zip(more, strides, dilations, strict=True)):
+            return NotImplemented  # for which torch raises
         shape = torch.Size((*input.shape[: -dims - 1], weight.shape[1] * groups, *sizes))
         if ctx.recorder is not None:
             ctx.recorder.on_function("convolution", 2 * input.numel() * weight[0].numel())

@@ -109,7 +109,8 @@ def _interpolate(
 
 def _of_each(value: Any, dims: int) -> Sequence[Any]:
     """A number for each dim, of one for all or one each."""
-    return value if isinstance(value, (list, tuple)) else [value] * dims
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return [*numbers] * dims if len(numbers) == 1 else numbers
 
 
 @lru_cache(maxsize=1024)
@@ -167,13 +168,15 @@ def _register_pooling(function: Any, dims: int) -> None:
         stride: Sizes | None = None,
         padding: Sizes = 0,
         ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
     ) -> Any:
         """Averages over windows that lie within the tensor."""
         dim = sharded_dim(input)
-        if dim is None or input.ndim < dims + 1 or ceil_mode or is_differentiated(input):
+        if dim is None or input.ndim < dims + 1 or ceil_mode or divisor_override or is_differentiated(input):
             return NotImplemented
-        kernels, strides = _of_each(kernel_size, dims), _of_each(stride or kernel_size, dims)
-        if any(_of_each(padding, dims)) or not len(kernels) == len(strides) == dims:
+        kernels, strides = _of_each(kernel_size, dims), _of_each(kernel_size if stride is None else stride, dims)
+        if any(_of_each(padding, dims)) or not len(kernels) == len(strides) == dims or min(strides) < 1:
             return NotImplemented
         sizes = [(n - size) // step + 1 for n, size, step in zip(input.shape[-dims:], kernels, strides, strict=True)]
         if min(sizes) < 1:

@@ -85,3 +85,22 @@ def test_ranks_send_their_halo_and_nothing_else(name, tmp_path):
         with simulate(ranks):  # which counts what the rank sends that sends most
             _, _, sent = on_mesh(CONTRACT[name][0], init_mesh(Layout(cp=ranks), "cpu")["cp"])
         assert sent == expected(name, ranks, 1)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: F.conv2d(x, WEIGHT, padding="same", stride=2),
+        lambda x: F.conv2d(x, WEIGHT, padding="none"),
+        lambda x: F.conv_transpose2d(x, WEIGHT, stride=2, output_padding=(3, 0)),
+        lambda x: F.avg_pool2d(x, 2, stride=0),
+        lambda x: F.group_norm(x, 3),
+    ],
+)
+def test_what_one_device_refuses_is_refused(run):
+    program = Program((1, 4, 7, 6), run, "")
+    with pytest.raises(RuntimeError) as expected:
+        run(randn(*program.shape))
+    with simulate(2), pytest.raises(RuntimeError) as found:
+        on_mesh(program, init_mesh(Layout(cp=2), "cpu")["cp"])
+    assert str(found.value) == str(expected.value)
