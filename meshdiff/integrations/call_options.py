@@ -21,7 +21,7 @@ from torch import Tensor
 from meshdiff.errors import InputError
 from meshdiff.integrations.input_files import SUFFIXES, is_audio, is_file_name, is_tensor
 
-__all__ = ["CallOptions", "as_text", "convert", "from_text", "hints_of", "option_flag", "split_option"]
+__all__ = ["CallOptions", "as_text", "convert", "from_text", "hints_of", "members_of", "option_flag", "split_option"]
 
 FLAGS = {
     "prompt": "--prompt",
@@ -215,6 +215,15 @@ def _arguments(hint: Any) -> tuple[Any, ...]:
     if typing.get_origin(hint) in (typing.Union, UnionType):
         return tuple(part for member in typing.get_args(hint) for part in _arguments(member))
     return (hint,)
+
+
+def members_of(hint: Any) -> set[Any]:
+    """The classes in an annotation, those of the items of lists among them."""
+    members = set(_arguments(hint))
+    for member in _arguments(hint):
+        if _is_sequence(member) and typing.get_args(member):
+            members |= members_of(_items(member))
+    return members
 
 
 def _is_sequence(hint: Any) -> bool:

@@ -36,6 +36,7 @@ from meshdiff.distributed.mesh import DP, replica
 from meshdiff.errors import InputError
 from meshdiff.integrations.call_options import CallOptions, option_flag
 from meshdiff.integrations.diffusers import parallelize
+from meshdiff.integrations.early_check import early_refusal
 from meshdiff.integrations.input_files import InputFiles
 from meshdiff.integrations.pipeline_options import PipelineOptions
 from meshdiff.integrations.pipeline_outputs import EARS, VOICES, frame_rate, outputs_of, sampling_rate
@@ -140,7 +141,9 @@ class DiffusersModel:
         self.options.check_names(names)
         self.options.check_needed(names)
         self.scheduler(request)
-        self.values(request)
+        error = early_refusal(getattr(diffusers, self.kind), self.options, self.arguments(request))
+        if error is not None:
+            raise self.refusal(request, error) from error
         return replace(request, steps=request.steps or self.options.defaults.get(self.names["steps"]), solver=SCHEDULER)
 
     def scheduler(self, request: Request) -> SchedulerMixin | None:

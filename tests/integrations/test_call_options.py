@@ -16,6 +16,7 @@ from PIL import Image
 
 from meshdiff import InputError
 from meshdiff.integrations.call_options import CallOptions
+from meshdiff.integrations.early_check import early_refusal
 from meshdiff.integrations.pipeline_options import PipelineOptions
 from meshdiff.integrations.pipeline_outputs import frame_rate
 from meshdiff.integrations.scheduler_flag import make_scheduler
@@ -300,3 +301,24 @@ def test_a_scheduler_has_the_settings_of_the_pipelines_and_those_that_are_given(
 def test_a_scheduler_that_cannot_be_made_is_one_line(text, problem):
     with pytest.raises(InputError, match=f"^--scheduler {text}: {problem}"):
         make_scheduler(text, {})
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "arguments", "message"),
+    [
+        ("Flux2KleinInpaintPipeline", {}, "`image` has to be provided for inpainting"),
+        ("SanaWMPipeline", {}, None),  # what it misses is no image
+        ("WanPipeline", {"height": 50}, "have to be divisible by 16"),
+        ("WanImageToVideoPipeline", {"image": [1]}, "`image` has to be of type"),
+        ("WanPipeline", {"height": 48}, None),
+        ("WanPipeline", {}, None),
+        ("Cosmos3OmniPipeline", {}, None),  # its call fills in the frames that its check would miss
+        ("FluxPipeline", {}, None),
+        ("DDPMPipeline", {}, None),
+    ],
+)
+def test_the_pipelines_own_check_is_asked_before_anything_is_loaded(pipeline, arguments, message):
+    kind = getattr(diffusers, pipeline)
+    error = early_refusal(kind, CallOptions(kind), {"prompt": "a cat", **arguments})
+    assert (error is None) == (message is None)
+    assert message is None or message in str(error)
