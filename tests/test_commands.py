@@ -8,7 +8,10 @@ import runpy
 import shlex
 from pathlib import Path
 
+import imageio.v2 as imageio
+import numpy as np
 import pytest
+from PIL import Image
 from ranks import ROOT, run_command
 
 from meshdiff.cli.run import main
@@ -80,6 +83,9 @@ def folder(tmp_path_factory) -> Path:
     """A folder with what the commands of the docs name: a list, and the tiny models that other commands make."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "prompts.txt").write_text("a 7 moving left\na 3\n")
+    for name in ("first", "last"):
+        Image.radial_gradient("L").save(folder / f"{name}.png")
+    imageio.mimwrite(folder / "clip.mp4", [np.full((32, 48, 3), 40 * frame, np.uint8) for frame in range(5)])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in RUN_HERE:

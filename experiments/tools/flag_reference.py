@@ -35,7 +35,9 @@ def rows(config: type, defaults: dict[str, list[Any]] | None = None) -> list[str
     for field in dataclasses.fields(config):
         if field.name in texts and field.name not in ("request", "options"):  # they have tables of their own
             values = [field.default] if defaults is None else defaults[field.name]
-            columns = " | ".join("" if value in (None, "", dataclasses.MISSING) else f"`{value}`" for value in values)
+            columns = " | ".join(
+                "" if value in (None, "", (), dataclasses.MISSING) else f"`{value}`" for value in values
+            )
             text = texts[field.name].replace("|", "\\|")
             lines.append(f"| `--{field.name.replace('_', '-')}` | {columns} | {text} |")
     return lines

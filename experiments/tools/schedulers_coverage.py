@@ -240,7 +240,7 @@ def made(run: pipelines.DiffusersRun, request: Request) -> Tensor:
     torch.seed()
     random.seed()
     np.random.seed()
-    return run.generate(request)
+    return run.generate(request).videos[0]
 
 
 def result(case: Case, layout: str, start: int) -> Path:

@@ -24,7 +24,9 @@ __all__ = ["Config"]
 class Config(ModelFlags):
     """Make one clip from a prompt, on one device or on many."""
 
-    request: tyro.conf.OmitArgPrefixes[Request] = field(default_factory=lambda: DigitsModel.DEFAULTS)
+    request: tyro.conf.UseAppendAction[tyro.conf.OmitArgPrefixes[Request]] = field(
+        default_factory=lambda: DigitsModel.DEFAULTS
+    )
     prompts: str | None = None
     """A list of requests: a prompt a line, or a JSON object a line with any of the request options (with _ for -) and
     a name; - reads it from standard input. The flags are what a line leaves out."""

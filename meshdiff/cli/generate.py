@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +17,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError
-from torch import Tensor
 
 from meshdiff.cli.config import Config
-from meshdiff.cli.media import write_video
-from meshdiff.cli.metrics import PeakMemory, RunMetrics, Timer, collect
+from meshdiff.cli.media import write_outputs
+from meshdiff.cli.metrics import RunMetrics, collect
 from meshdiff.cli.output import COMPLETE, output_folder, remove_partial
-from meshdiff.cli.queue import RESULTS, Counter, Record, fresh, resume, take_turns
+from meshdiff.cli.phases import OTHER, PhaseBars, Phases
+from meshdiff.cli.queue import RESULTS, Counter, Record, check_alike, fresh, resume, take_turns
 from meshdiff.cli.request_list import Entry
+from meshdiff.diffusion.outputs import Outputs
 from meshdiff.diffusion.request import Request
 from meshdiff.distributed.comms import CommsCounter
-from meshdiff.distributed.consensus import agreed, all_gather_object, is_first_rank
+from meshdiff.distributed.consensus import agreed, all_gather_object, check_same, is_first_rank
 from meshdiff.distributed.launch import report_failure
 from meshdiff.distributed.mesh import Layout, init_mesh
 from meshdiff.distributed.simulation import simulate
@@ -38,45 +39,49 @@ from meshdiff.pipeline import Pipeline, check_strategy, prepare_request
 
 
 @contextlib.contextmanager
-def model_on_mesh(config: Config, layout: Layout, model: Any) -> Iterator[Any]:
-    """The model on its mesh, in this world or in a simulated one."""
+def model_on_mesh(config: Config, layout: Layout, model: Any) -> Iterator[tuple[Any, Phases]]:
+    """The model on its mesh, in this world or in a simulated one, and the time that it took to put it there."""
     with simulate(layout.world_size) if config.simulate else contextlib.nullcontext():
         with agreed():
             mesh = init_mesh(layout, config.device_type)
+            loading = Phases(config.device_type, "load")
             pipeline = config.entry.run(config, model, mesh)
-        yield pipeline
+            loading.begin(OTHER)
+        yield pipeline, loading
 
 
 def generate(
     config: Config,
     layout: Layout,
     pipeline: Any,
+    loading: Phases,
     request: Request,
     on_stage: Callable[[str], None],
     on_step: Callable[[int], None],
-) -> tuple[Tensor, RunMetrics]:
+) -> tuple[Outputs, RunMetrics]:
     """Generate a clip and measure the run, in the same way on every layout."""
-    timer, memory = Timer(config.device_type), PeakMemory(config.device_type)
+    phases = Phases(config.device_type)
 
     def stage(name: str) -> None:
-        timer.on_stage(name)
+        phases.on_stage(name)
         on_stage(name)
 
     def step(number: int) -> None:
-        timer.on_step(number)
+        phases.on_step(number)
         on_step(number)
 
     with CommsCounter(pipeline.mesh) as comms:
-        video = pipeline.generate(request, on_step=step, on_stage=stage)
-    request, facts = config.entry.made(pipeline, request, video)
-    metrics = collect(pipeline, request, layout, timer, memory, comms, {**config.of_run(), **facts})
-    if not video.isfinite().all():
+        result = pipeline.generate(request, on_step=step, on_stage=stage)
+    request, outputs, facts = config.entry.made(pipeline, request, result)
+    phases.begin(OTHER)
+    metrics = collect(pipeline, request, layout, phases, loading, comms, {**config.of_run(), **facts})
+    if not outputs.is_finite:
         raise InputError(
             f"--dtype {metrics.dtype}",
             "the clip is not made of finite numbers; float32 is the safest, and if it is that, a file of weights is "
             "damaged",
         )
-    return video, metrics
+    return outputs, metrics
 
 
 def progress_bar(console: Console) -> Progress:
@@ -126,8 +131,21 @@ def log_clip(run: Any, metrics: RunMetrics, folder: Path) -> None:
 
     for seconds in metrics.seconds_per_step:
         run.log({"seconds_per_step": seconds})
-    run.log({"video": wandb.Video(str(folder / "video.mp4"), format="mp4"), "prompt": metrics.prompt})
+    logged: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".mp4":
+            logged[path.stem] = wandb.Video(str(path), format="mp4")
+        elif path.suffix == ".png" and path.stem.startswith("image"):
+            logged[path.stem] = wandb.Image(str(path))
+        elif path.suffix == ".wav":
+            logged[path.stem] = wandb.Audio(str(path))
+    run.log({**logged, "prompt": metrics.prompt})
     run.summary.update(metrics.as_dict())
+    for name in ("seconds_by_phase", "peak_memory_by_phase"):  # a number each, which W&B draws
+        of_ranks = getattr(metrics, name)
+        run.summary.update(
+            {f"{name}/{key}/rank{n}": value for n, of in enumerate(of_ranks) for key, value in of.items()}
+        )
 
 
 def summary(metrics: RunMetrics, out: Path) -> Table:
@@ -135,11 +153,12 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
     table = Table(show_header=False, title=Text(metrics.prompt), title_style="bold")
     layout = ", ".join(f"{name} {size}" for name, size in metrics.layout.items() if name != "dp")
     played = " (simulated)" if metrics.simulated else ""
-    stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in metrics.seconds_by_stage.items())
     table.add_row("layout", f"{layout}: {metrics.world_size} rank{'s' * (metrics.world_size > 1)}{played}")
     table.add_row("device", f"{metrics.device}, {metrics.threads_per_rank} threads a rank, {metrics.dtype}")
-    table.add_row("time", f"{metrics.seconds_total:.2f} s, median step {metrics.median_seconds_per_step * 1000:.0f} ms")
-    table.add_row("", stages)
+    median = metrics.median_seconds_per_step
+    step = "" if median is None else f", median step {median * 1000:.0f} ms"
+    table.add_row("time", f"{metrics.seconds_total:.2f} s{step}")
+    table.add_row("", PhaseBars(metrics.seconds_by_phase, metrics.peak_memory_by_phase))
     peak, start = (max(ranks) / 2**20 for ranks in (metrics.peak_memory_bytes, metrics.start_memory_bytes))
     table.add_row("memory", f"peak {peak:.0f} MiB a rank, {start:.0f} MiB of it before the clip")
     for dim, collectives in metrics.comms.items():
@@ -152,15 +171,25 @@ def summary(metrics: RunMetrics, out: Path) -> Table:
     return table
 
 
-def write(video: Tensor, fps: int, metrics: RunMetrics, wandb_run: Any, folder: Path) -> None:
-    """Write all files of a clip; the file that marks it as complete is the last one."""
+def write(
+    outputs: Outputs, metrics: RunMetrics, wandb_run: Any, folder: Path, device_type: Literal["cpu", "cuda"]
+) -> RunMetrics:
+    """Write all files of a clip, the last one being that which marks it as complete.
+
+    Returns:
+        The metrics with the time of writing, as they are in the files.
+    """
     try:
-        write_video(video, folder, fps)
+        phases = Phases(device_type, "write")
+        write_outputs(outputs, folder)
+        phases.begin(OTHER)
+        metrics = metrics.written(phases)
         if wandb_run is not None:
             log_clip(wandb_run, metrics, folder)
         (folder / COMPLETE).write_text(json.dumps(metrics.as_dict(), indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError("--out", f"cannot be written ({error})") from error
+    return metrics
 
 
 def output_of_run(config: Config, layout: Layout) -> tuple[Path, Literal["nothing", "begun", "complete"]]:
@@ -185,6 +214,7 @@ def make_clip(config: Config, layout: Layout, model: Any) -> None:
         with agreed():
             check_strategy(model, layout, config.strategy)
             request = prepare_request(model, config.request, layout)
+        check_inputs([config.entry.inputs(model, request)])
         folder, wandb_run = Path(), None
         with agreed():
             if is_first_rank():
@@ -195,18 +225,19 @@ def make_clip(config: Config, layout: Layout, model: Any) -> None:
                 wandb_run = start_wandb(config, layout, folder)
         with progress_bar(console) as progress:
             task = progress.add_task("loading weights", total=request.steps)
-            with model_on_mesh(config, layout, model) as pipeline:
-                video, metrics = generate(
+            with model_on_mesh(config, layout, model) as (pipeline, loading):
+                outputs, metrics = generate(
                     config,
                     layout,
                     pipeline,
+                    loading,
                     request,
                     on_stage=lambda stage: progress.update(task, description=stage),
                     on_step=lambda step: progress.advance(task),
                 )
         with agreed():
             if is_first_rank():
-                write(video, model.fps, metrics, wandb_run, folder)
+                metrics = write(outputs, metrics, wandb_run, folder, config.device_type)
                 if wandb_run is not None:
                     wandb_run.finish()
                 stack.close()  # the folder takes its name
@@ -221,23 +252,28 @@ def make_clips(config: Config, layout: Layout, model: Any, entries: list[Entry])
     with agreed():
         check_strategy(model, layout, config.strategy)
         ready, refused = split_valid(model, layout, entries)
+    errors = {record.line: record.error for record in refused}
+    check_alike({entry.line: errors.get(entry.line) for entry in entries})
+    check_inputs([config.entry.inputs(model, request) for request in ready.values()])
+    with agreed():
         left: list[Entry] = []
         if is_first_rank():
-            left = begin_list(out, config.resume or before == "begun", config, ready, refused)
+            go_on = config.resume or before == "begun"
+            left = begin_list(out, go_on, config, model, ready, refused)
             console.print(f"{layout}: {layout.reason(max(1, len(ready)))}")
             if len(left) < len(ready):
                 console.print(f"{len(ready) - len(left)} of {len(entries)} are complete in {out}")
     # The longest first: what replicas do last, while others may have nothing left to do, is then short.
     left = sorted(all_gather_object(left)[0], key=lambda entry: -estimated_cost(model, ready[entry]))
     failures = Counter("failures")
-    with model_on_mesh(config, layout, model) as pipeline, progress_bar(console) as progress:
+    with model_on_mesh(config, layout, model) as (pipeline, loading), progress_bar(console) as progress:
         start, first = time.perf_counter(), is_first_rank(pipeline.mesh)
         together = SharedProgress(progress, first, len(left), sum(ready[entry].steps or 1 for entry in left))
         with wandb_of_list(config, layout, out, first and bool(left)) as wandb_run:
             for item in take_turns(pipeline.mesh, len(left), Counter("next")):
                 entry = left[item]
                 try:
-                    make_entry(config, layout, pipeline, entry, ready[entry], out, wandb_run, together.on_step)
+                    make_entry(config, layout, pipeline, loading, entry, ready[entry], out, wandb_run, together.on_step)
                 except InputError as error:
                     if first:
                         failures.add(1)
@@ -271,14 +307,19 @@ def estimated_cost(model: VideoModel, request: Request) -> int:
     return math.prod(model.grid(request)) * (request.steps or 1) * len(request.branches)
 
 
+def check_inputs(inputs: Iterable[Mapping[str, str]]) -> None:
+    """Raise `InputError` on every rank if a file that a request names is not the same on all of them; a collective."""
+    check_same({f"{name} of --option": digest for files in inputs for name, digest in files.items()})
+
+
 def begin_list(
-    out: Path, go_on: bool, config: Config, ready: dict[Entry, Request], refused: list[Record]
+    out: Path, go_on: bool, config: Config, model: Any, ready: dict[Entry, Request], refused: list[Record]
 ) -> list[Entry]:
     """Make the folder of a list, or repair that of a list to be continued; returns the entries still to be done."""
     if not (go_on and out.is_dir()):
         fresh(out)
     remember("out", str(out))
-    left = resume(out, ready, config.of_model())
+    left = resume(out, ready, config.of_model(), lambda request: config.entry.inputs(model, request))
     for record in refused:
         record.append(out)
     return left
@@ -298,6 +339,7 @@ def make_entry(
     config: Config,
     layout: Layout,
     pipeline: Pipeline,
+    loading: Phases,
     entry: Entry,
     request: Request,
     out: Path,
@@ -315,10 +357,10 @@ def make_entry(
         with agreed(pipeline.mesh):
             if first:
                 folder = stack.enter_context(output_folder(out / entry.name))
-        video, metrics = generate(config, layout, pipeline, request, lambda stage: None, on_step)
+        outputs, metrics = generate(config, layout, pipeline, loading, request, lambda stage: None, on_step)
         with agreed(pipeline.mesh):
             if first:
-                write(video, pipeline.model.fps, metrics, wandb_run, folder)
+                write(outputs, metrics, wandb_run, folder, config.device_type)
                 stack.close()
     if first:
         Record(entry.line, entry.name, "ok", seconds=metrics.seconds_total, replica=pipeline.replica).append(out)

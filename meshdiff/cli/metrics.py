@@ -2,89 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-import resource
 import statistics
-import sys
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 import meshdiff
+from meshdiff.cli.phases import Phases
 from meshdiff.diffusion.request import Request
 from meshdiff.distributed.comms import CommsCounter
 from meshdiff.distributed.consensus import all_gather_object
 from meshdiff.distributed.mesh import Layout
 from meshdiff.pipeline import Pipeline
 
-__all__ = ["PeakMemory", "RunMetrics", "Timer", "collect", "device_name"]
-
-
-class Timer:
-    """Measures the seconds of each stage and each sampling step; pass its methods to `Pipeline.generate`."""
-
-    def __init__(self, device_type: str) -> None:
-        self.device_type = device_type
-        self.steps: list[float] = []
-        self._stages: list[tuple[str, float]] = []
-        self._last = self.start = time.perf_counter()
-
-    def on_stage(self, stage: str) -> None:
-        self._last = self._now()
-        self._stages.append((stage, self._last))
-
-    def on_step(self, step: int) -> None:
-        now = self._now()
-        self.steps.append(now - self._last)
-        self._last = now
-
-    def finish(self) -> tuple[float, dict[str, float]]:
-        """Seconds of the run, and of each stage."""
-        end = self._now()
-        ends = [*(start for _, start in self._stages[1:]), end]
-        return end - self.start, {name: stop - start for (name, start), stop in zip(self._stages, ends, strict=True)}
-
-    def _now(self) -> float:
-        if self.device_type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-class PeakMemory:
-    """The peak memory of this process from here on: of the GPU's allocator on CUDA, of the process on CPU.
-
-    Attributes:
-        start: bytes that it holds already: weights, and on a CPU all imported modules.
-    """
-
-    def __init__(self, device_type: str) -> None:
-        self.device_type = device_type
-        if device_type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-            return
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: resets what `so_far` reads
-        self.start = self.so_far()
-
-    def so_far(self) -> int:
-        """The peak so far, in bytes."""
-        if self.device_type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        try:
-            return next(
-                1024 * int(line.split()[1])
-                for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-                if line.startswith("VmHWM")
-            )
-        except (OSError, StopIteration):  # elsewhere: of the whole life of the process
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return peak if sys.platform == "darwin" else peak * 1024
+__all__ = ["RunMetrics", "collect", "device_name"]
 
 
 @dataclass(frozen=True)
@@ -106,9 +40,10 @@ class RunMetrics:
     prompt: str
     negative_prompt: str
     seed: int
-    frames: int
-    height: int
-    width: int
+    frames: int | None
+    """Frames of each video; None, as height and width, if there is audio alone."""
+    height: int | None
+    width: int | None
     steps: int | None
     """Sampling steps; None, as for guidance_scale, if the default of a pipeline of diffusers was used."""
     guidance_scale: float | None
@@ -124,18 +59,26 @@ class RunMetrics:
     """Of each part of a pipeline of diffusers with divided or offloaded weights, what each rank stores, and where."""
     parts: dict[str, str]
     """Of each part of a pipeline of diffusers that ran on the mesh, how much of it ran on shards."""
+    inputs: dict[str, str]
+    """SHA-256 of each file that options of a pipeline of diffusers name, by its name."""
     shard_weights: bool
     shard_text: bool | None
     shard_vae: bool | None
     low_memory: int
     seconds_total: float
     """Seconds from prompt to frames, without loading the transformer and writing files."""
-    seconds_by_stage: dict[str, float]
+    seconds_by_phase: list[dict[str, float]]
+    """Seconds of each phase, of each rank of the replica: of loading the model, which a list does once; of encoding
+    (text and inputs), sampling and decoding; of writing, which the first rank does; and of all between ("other").
+    Without "load" and "write" they add up to the time from prompt to frames."""
     seconds_per_step: list[float]
-    median_seconds_per_step: float
-    """Median without the first step, which includes one-time work."""
+    median_seconds_per_step: float | None
+    """Median without the first step, which includes one-time work; None of a pipeline that does not report its
+    steps."""
     peak_memory_bytes: list[int]
-    """Peak memory of each rank of the replica while it made the clip; see `PeakMemory`. One entry in a simulation."""
+    """Peak memory of each rank of the replica while it made the clip; see `Phases`. One entry in a simulation."""
+    peak_memory_by_phase: list[dict[str, int]]
+    """Peak memory of each phase in bytes, of each rank."""
     start_memory_bytes: list[int]
     """Memory that each of these ranks held before it made the clip."""
     comms: dict[str, dict[str, dict[str, int]]]
@@ -150,13 +93,22 @@ class RunMetrics:
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    def written(self, phases: Phases) -> RunMetrics:
+        """These metrics, of the first rank, with what it took to write the clip."""
+        seconds, peaks = self.seconds_by_phase, self.peak_memory_by_phase
+        return replace(
+            self,
+            seconds_by_phase=[{**seconds[0], **phases.seconds}, *seconds[1:]],
+            peak_memory_by_phase=[{**peaks[0], **phases.peaks}, *peaks[1:]],
+        )
+
 
 def collect(
     pipeline: Pipeline,
     request: Request,
     layout: Layout,
-    timer: Timer,
-    memory: PeakMemory,
+    phases: Phases,
+    loading: Phases,
     comms: CommsCounter,
     described: Mapping[str, Any],
 ) -> RunMetrics:
@@ -166,25 +118,32 @@ def collect(
         pipeline: the pipeline that made the clip.
         request: with nothing left open.
         layout: the mesh's.
-        timer, memory, comms: those of the run.
+        phases, loading, comms: of the run, all phases ended, and of loading the model before it.
         described: the other fields of `RunMetrics`.
     """
-    seconds, stages = timer.finish()
-    ranks = all_gather_object((memory.so_far(), memory.start, comms.as_dict()), pipeline.mesh)
+    own = (
+        {**loading.seconds, **phases.seconds},
+        {**loading.peaks, **phases.peaks},
+        max(phases.peaks.values()),
+        phases.start_memory,
+        comms.as_dict(),
+    )
+    ranks = all_gather_object(own, pipeline.mesh)
     return RunMetrics(
         layout=asdict(layout),
         world_size=layout.world_size,
         replica=pipeline.replica,
         **asdict(request),
         **described,
-        seconds_total=seconds,
-        seconds_by_stage=stages,
-        seconds_per_step=timer.steps,
-        median_seconds_per_step=statistics.median(timer.steps[1:] or timer.steps),
-        peak_memory_bytes=[peak for peak, _, _ in ranks],
-        start_memory_bytes=[start for _, start, _ in ranks],
-        comms=_largest([traffic for _, _, traffic in ranks]),
-        device=device_name(timer.device_type),
+        seconds_total=phases.total,
+        seconds_by_phase=[seconds for seconds, *_ in ranks],
+        seconds_per_step=phases.steps,
+        median_seconds_per_step=statistics.median(phases.steps[1:] or phases.steps) if phases.steps else None,
+        peak_memory_bytes=[peak for _, _, peak, _, _ in ranks],
+        peak_memory_by_phase=[peaks for _, peaks, *_ in ranks],
+        start_memory_bytes=[start for *_, start, _ in ranks],
+        comms=_largest([traffic for *_, traffic in ranks]),
+        device=device_name(phases.device_type),
         threads_per_rank=torch.get_num_threads(),
     )
 

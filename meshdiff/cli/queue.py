@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from meshdiff.distributed.consensus import all_gather_object, is_first_rank, sto
 from meshdiff.distributed.mesh import replica
 from meshdiff.errors import InputError
 
-__all__ = ["RESULTS", "Counter", "Record", "fresh", "resume", "take_turns"]
+__all__ = ["RESULTS", "Counter", "Record", "check_alike", "fresh", "resume", "take_turns"]
 
 RESULTS = "results.jsonl"
 
@@ -78,13 +78,19 @@ def take_turns(mesh: DeviceMesh, count: int, counter: Counter) -> Iterator[int]:
         yield item
 
 
-def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, Any] | None = None) -> list[Entry]:
+def resume(
+    folder: Path,
+    requests: Mapping[Entry, Request],
+    model: Mapping[str, Any] | None = None,
+    inputs: Callable[[Request], Mapping[str, str]] | None = None,
+) -> list[Entry]:
     """The entries of a list that are still to be done, in a folder where it may have been begun; repairs the record.
 
     Args:
         folder: the folder of the list.
         requests: the good entries, with nothing left open.
         model: other values that `metrics.json` must have for a clip that is not to be done again.
+        inputs: function that returns the digests of the files that a request names, which it must have as well.
 
     Raises:
         InputError: if a folder holds the clip of another request, or model, under the name of one of these.
@@ -106,7 +112,10 @@ def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, 
             continue
         try:
             metrics = dict(json.loads(complete.read_text(encoding="utf-8")))
-            _check_same(entry, {**asdict(request), **(model or {})}, metrics)
+            files = {} if inputs is None else {"inputs": inputs(request)}
+            # As JSON has it, where a tuple is a list.
+            asked = json.loads(json.dumps({**asdict(request), **(model or {}), **files}))
+            _check_same(entry, asked, metrics)
             done = Record(
                 entry.line, entry.name, "ok", seconds=metrics["seconds_total"], replica=metrics.get("replica")
             )
@@ -119,6 +128,24 @@ def resume(folder: Path, requests: Mapping[Entry, Request], model: Mapping[str, 
     rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     rewritten.replace(folder / RESULTS)
     return left
+
+
+def check_alike(errors: Mapping[int, str | None]) -> None:
+    """Raise `InputError` on every rank if a line of a list can be done on some ranks only; a collective.
+
+    Args:
+        errors: the reason why a line cannot be done, None if it can, by its number; the same lines on every rank.
+    """
+    ranks = all_gather_object(dict(errors))
+    for line in errors:
+        bad = {rank: of_rank[line] for rank, of_rank in enumerate(ranks) if of_rank[line] is not None}
+        if 0 < len(bad) < len(ranks):
+            rank, reason = next(iter(bad.items()))
+            error = InputError(
+                f"line {line} of --prompts", f"is good on other ranks, and on rank {rank} it is not: {reason}"
+            )
+            error.everywhere = True
+            raise error
 
 
 def _check_same(entry: Entry, asked: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:

@@ -15,9 +15,9 @@ from typing import Any, Literal, get_args
 
 import torch
 import tyro
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshdiff.diffusion.outputs import Outputs
 from meshdiff.diffusion.request import Request
 from meshdiff.errors import InputError
 from meshdiff.models import DigitsModel, RandomModel, RandomShape, WanModel
@@ -150,10 +150,11 @@ class ModelFlags:
             )
 
 
-Made = tuple[Request, Mapping[str, Mapping[str, str]]]
-"""A request with the sizes of the clip that was made, and fields of `RunMetrics` that only the run knows."""
+Facts = Mapping[str, Mapping[str, str]]
+"""Fields of `RunMetrics` that only the run knows."""
 
-NO_FACTS: Mapping[str, Mapping[str, str]] = {"captured": {}, "stored_weights": {}, "parts": {}}
+Made = tuple[Request, Outputs, Facts]
+"""A request with the sizes of the clip that was made, the clip, and the facts of the run."""
 
 
 def _pipeline(flags: ModelFlags, model: Any, mesh: DeviceMesh) -> Pipeline:
@@ -188,11 +189,14 @@ class ModelEntry:
     """Function that returns the number of guidance branches of a step, given the model."""
     unguided: Callable[[Any], str] = lambda model: "guidance scale 1"
     """Function that returns the reason for a single branch, or the condition for two, given the model."""
-    made: Callable[[Any, Request, Tensor], Made] = lambda run, request, clip: (
+    made: Callable[[Any, Request, Any], Made] = lambda run, request, clip: (
         request,
-        {"captured": {}, "stored_weights": {}, "parts": {}},
+        Outputs([clip], run.model.fps),
+        {"captured": {}, "stored_weights": {}, "parts": {}, "inputs": {}},
     )
-    """Function that returns a `Made`, given the result of `run`, the request and the clip."""
+    """Function that returns a `Made`, given the result of `run`, the request, and what `generate` returned."""
+    inputs: Callable[[Any, Request], Mapping[str, str]] = lambda model, request: {}
+    """Function that returns the digest of each file that a request names, given the model, which has read them."""
 
 
 OF_SOME_MODELS = (
@@ -280,7 +284,8 @@ MODELS: dict[ModelName, ModelEntry] = {
         run=_run_diffusers,
         branches=lambda model, request: model.branches(request),
         unguided=lambda model: model.guidance_needs,
-        made=lambda run, request, clip: (run.done(request, clip), run.facts()),
+        made=lambda run, request, outputs: (run.done(request, outputs), outputs, run.facts(request)),
+        inputs=lambda model, request: model.inputs(request),
     ),
     "random": ModelEntry(
         open=lambda flags: RandomModel(flags.shape),

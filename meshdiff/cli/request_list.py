@@ -114,16 +114,23 @@ def _read(line: str, base: Request, number: str) -> tuple[str, Request]:
     except (ValueError, RecursionError) as error:
         raise InputError("line", f"starts as a JSON object but is none ({error})") from error
     name = given.pop("name", None)
-    options = [field.name for field in dataclasses.fields(base.options)]
-    fields = [*(field.name for field in dataclasses.fields(base) if field.name != "options"), *options]
+    more = given.pop("options", {})
+    if not isinstance(more, dict):
+        raise InputError("options", f"{more!r} given, needs an object with the pipeline's options by name")
     hints = typing.get_type_hints(type(base)) | typing.get_type_hints(type(base.options))
+    # A list is of options that `options` has by name.
+    all_options = [field.name for field in dataclasses.fields(base.options)]
+    options = [name for name in all_options if typing.get_origin(hints[name]) is not tuple]
+    fields = [*(field.name for field in dataclasses.fields(base) if field.name != "options"), *options]
     for key, value in given.items():
         if key not in fields:
-            raise InputError("line", f"unknown field {key!r}; known: {', '.join(['name', *fields])}")
+            known = ["name", *fields, *(["options"] if options != all_options else [])]
+            raise InputError("line", f"unknown field {key!r}; known: {', '.join(known)}")
         if not _accepts(hints[key], value):
             raise InputError(key, f"{value!r} given, needs {_described(hints[key])}")
     of_model = {key: given.pop(key) for key in options if key in given}
-    request = replace(base, **given, options=replace(base.options, **of_model))
+    of_request = replace(base.options, **of_model)
+    request = replace(base, **given, options=of_request.updated(more) if more else of_request)
     return (f"{number}-{_slug(request.prompt)}" if name is None else _checked_name(name)), request
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import sys
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,6 +28,14 @@ class Options:
     def more_scales(self) -> tuple[float, ...]:
         """Guidance scales beside `Request.guidance_scale`."""
         return ()
+
+    def updated(self, values: Mapping[str, object]) -> Options:
+        """These options with further ones, by the names that only the model knows; None takes one away.
+
+        Raises:
+            InputError: if the model takes none.
+        """
+        raise InputError("options", "is for pipelines of diffusers, whose own options it names; leave it out")
 
 
 @dataclass(frozen=True)

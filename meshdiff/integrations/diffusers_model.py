@@ -8,12 +8,11 @@ code unchanged.
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -23,18 +22,28 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshdiff.attention.strategy import AUTO
 from meshdiff.autoshard import Backend
-from meshdiff.diffusion.request import Options, Request
+from meshdiff.diffusion.outputs import Outputs
+from meshdiff.diffusion.request import Request
 from meshdiff.diffusion.seeding import seeded
+from meshdiff.distributed.consensus import agreed, is_collective_error
 from meshdiff.distributed.mesh import DP, replica
 from meshdiff.errors import InputError
+from meshdiff.integrations.call_options import CallOptions, option_flag
 from meshdiff.integrations.diffusers import parallelize
+from meshdiff.integrations.early_check import early_refusal
+from meshdiff.integrations.input_files import InputFiles
+from meshdiff.integrations.pipeline_options import PipelineOptions
+from meshdiff.integrations.pipeline_outputs import EARS, VOICES, frame_rate, outputs_of, sampling_rate
+from meshdiff.integrations.pipeline_stages import Stages
+from meshdiff.integrations.scheduler_flag import make_scheduler
 
-__all__ = ["DiffusersModel", "DiffusersRun", "PipelineOptions"]
+__all__ = ["DiffusersModel", "DiffusersRun"]
 
 INDEX = "model_index.json"
 
@@ -43,23 +52,8 @@ WHOLE_FOLDER_HINT = (
     "makes it"
 )
 
-NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
-"""The pipelines' names of options that have another name here."""
-
 SCHEDULER = "pipeline"
 """The solver of every request: the scheduler that the pipeline has."""
-
-
-@dataclass(frozen=True)
-class PipelineOptions(Options):
-    """Options of requests for pipelines of diffusers."""
-
-    true_cfg_scale: float | None = None
-    """The guidance scale of pipelines that have guidance beside one that is trained in (FLUX, Qwen-Image)."""
-
-    @property
-    def more_scales(self) -> tuple[float, ...]:
-        return () if self.true_cfg_scale is None else (self.true_cfg_scale,)
 
 
 class DiffusersModel:
@@ -75,12 +69,13 @@ class DiffusersModel:
     DEFAULTS = Request("A cat walking on grass.", options=PipelineOptions())
     """The default request; the pipeline's own defaults hold for the fields that are None."""
     transformers: Sequence[nn.Module] = ()
-    fps = 16
 
     def __init__(self, checkpoint: str) -> None:
-        self.folder = Path(checkpoint)
+        self.folder, self.files = Path(checkpoint), InputFiles()
+        self._inputs: dict[tuple[str, ...], dict[str, str]] = {}
         try:
-            self.kind = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
+            self.index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            self.kind = self.index["_class_name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"{self.folder / INDEX} cannot be read ({' '.join(str(error).split())})"
             raise InputError("--checkpoint", f"{reason}; {WHOLE_FOLDER_HINT}") from error
@@ -94,10 +89,14 @@ class DiffusersModel:
             )
 
     @cached_property
-    def options(self) -> dict[str, Any]:
-        """The parameters of a call of the pipeline, with their defaults."""
-        parameters = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
-        return {name: parameter.default for name, parameter in parameters.items()}
+    def options(self) -> CallOptions:
+        """The parameters of a call of the pipeline."""
+        return CallOptions(getattr(diffusers, self.kind))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The pipeline's names of options that have another name here."""
+        return {"frames": self.options.frames, "steps": "num_inference_steps"}
 
     @property
     def guided_by(self) -> str:
@@ -124,39 +123,105 @@ class DiffusersModel:
         """Number of branches of guidance in a step."""
         name = self.guided_by
         scale = _numbers(request)[name]
-        scale = self.options.get(name) if scale is None else scale
+        scale = self.options.defaults.get(name) if scale is None else scale
         wanted = name == "guidance_scale" or bool(request.negative_prompt)
         return 2 if wanted and scale is not None and scale > 1 else 1
 
     def prepare(self, request: Request) -> Request:
         request = replace(request, options=request.options_of(PipelineOptions))
         for name, value in _numbers(request).items():
-            if value is not None and NAMES.get(name, name) not in self.options:
+            if value is not None and self.names.get(name, name) not in self.options:
                 raise InputError(_flag(name), f"is no option of a {self.kind}; leave it out")
         if request.negative_prompt and "negative_prompt" not in self.options:
             raise InputError("--negative-prompt", f"is no option of a {self.kind}; leave it out")
         for flag, given in (("--shift", request.shift), ("--solver", request.solver)):
             if given is not None and given != SCHEDULER:
                 raise InputError(flag, "is the pipeline's own; leave it out")
-        return replace(request, steps=request.steps or self.options.get(NAMES["steps"]), solver=SCHEDULER)
+        names = request.options_of(PipelineOptions).by_name
+        self.options.check_names(names)
+        self.options.check_needed(names)
+        self.scheduler(request)
+        error = early_refusal(getattr(diffusers, self.kind), self.options, self.arguments(request))
+        if error is not None:
+            raise self.refusal(request, error) from error
+        return replace(request, steps=request.steps or self.options.defaults.get(self.names["steps"]), solver=SCHEDULER)
+
+    def scheduler(self, request: Request) -> SchedulerMixin | None:
+        """The scheduler of a request, new; None if it is the pipeline's.
+
+        Raises:
+            InputError: if it cannot be made.
+        """
+        text = request.options_of(PipelineOptions).scheduler
+        if text is None:
+            return None
+        try:
+            config = json.loads((self.folder / "scheduler" / SCHEDULER_CONFIG_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--scheduler {text}", f"a {self.kind} has none to be replaced; leave it out") from error
+        return make_scheduler(text, config)
+
+    def values(self, request: Request) -> dict[str, Any]:
+        """The values of a request's `--option`, with the contents of the files that they name.
+
+        Raises:
+            InputError: if a value is none that the pipeline takes, or a file cannot be read.
+        """
+        options = request.options_of(PipelineOptions)
+        rate = sampling_rate(self.folder, EARS) if options.option else None
+        values: dict[str, Any] = {}
+        self._inputs[options.option] = digests = {}
+        for name, text in options.by_name.items():
+
+            def read(file: str, flag: str = option_flag(name, text)) -> Any:
+                contents, digests[file] = self.files.read(file, flag, rate)
+                return contents
+
+            values[name] = self.options.value(name, text, read)
+        return values
 
     def grid(self, request: Request) -> tuple[int, int, int]:
         """An upper bound of the tokens that the pipeline makes of a request, as only the pipeline knows the sizes."""
         frames, height, width = (getattr(request, name) or 256 for name in ("frames", "height", "width"))
         return frames, height, width
 
+    def inputs(self, request: Request) -> dict[str, str]:
+        """The SHA-256 of each file that a request's options name, by its name; `prepare` has read them."""
+        return self._inputs.get(request.options_of(PipelineOptions).option, {})
+
     def arguments(self, request: Request) -> dict[str, Any]:
-        """The request as arguments of a call of the pipeline."""
+        """The request as arguments of a call of the pipeline, with the files that its options name.
+
+        Raises:
+            InputError: as `values`.
+        """
+        values = self.values(request)
         given = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **_numbers(request)}
-        return {NAMES.get(name, name): value for name, value in given.items() if value not in (None, "")}
+        in_place = {name for name in ("prompt", "negative_prompt") if f"{name}_embeds" in values}
+        flags = {self.names.get(name, name): value for name, value in given.items() if name not in in_place}
+        return {**{name: value for name, value in flags.items() if value not in (None, "")}, **values}
+
+    def check_count(self, arguments: dict[str, Any], outputs: Outputs) -> None:
+        """Raise `InputError` if the pipeline made fewer than it was asked for, as some do without saying so."""
+        made = len(outputs.videos or outputs.audio)
+        for name, wanted in arguments.items():
+            if re.fullmatch(r"num_\w+_per_prompt", name) and (wanted or 1) > made:
+                raise InputError(
+                    option_flag(name, wanted), f"a {self.kind} makes {made} whatever is given; leave it out"
+                )
 
     def refusal(self, request: Request, error: ValueError) -> InputError:
         """The error for a request that the pipeline refuses: its message, with flags in place of its option names."""
         words, named = " ".join(str(error).split()), []
         for name, value in _numbers(request).items():
-            words, found = re.subn(rf"`?\b{NAMES.get(name, name)}\b`?", _flag(name), words, flags=re.IGNORECASE)
+            words, found = re.subn(rf"`?\b{self.names.get(name, name)}\b`?", _flag(name), words, flags=re.IGNORECASE)
             if found and value is not None:
                 named.append(_flag(name))
+        given = request.options_of(PipelineOptions).by_name
+        for name in self.options.names:  # their names are words of their own, so only where they are marked as names
+            words, found = re.subn(rf"`{name}`", option_flag(name), words)
+            if found and name in given:
+                named.append(option_flag(name, given[name]))
         return InputError(", ".join(named) or "--model diffusers", f"a {self.kind} refuses it: {words}")
 
 
@@ -216,6 +281,8 @@ class DiffusersRun:
         for part in parts:  # the others are where they are to be already
             if not any(part is module for module in stored):
                 part.to(mesh.device_type)
+        self.stages = Stages(self.pipeline)
+        self.scheduler = self.pipeline.components.get("scheduler")
         schedulers = [part for part in self.pipeline.components.values() if isinstance(part, SchedulerMixin)]
         self.fresh = [(scheduler, copy.deepcopy(vars(scheduler))) for scheduler in schedulers]
 
@@ -225,29 +292,48 @@ class DiffusersRun:
         *,
         on_step: Callable[[int], None] | None = None,
         on_stage: Callable[[str], None] | None = None,
-    ) -> Tensor:
-        """A clip `[frames, channels, height, width]` in [-1, 1]; an image is a clip of one frame.
+    ) -> Outputs:
+        """The videos or images of a request, and its audio.
 
-        It depends on the request alone, not on what was made before it nor on any state of a global generator, from
+        They depend on the request alone, not on what was made before it nor on any state of a global generator, from
         which many schedulers draw.
 
         Raises:
-            InputError: if the pipeline refuses the request, with its own message.
+            InputError: if the pipeline refuses the request, with its own message, or a file has changed.
         """
-        arguments = self.model.arguments(request)
-        if on_stage is not None:
-            on_stage("sampling")
-        if on_step is not None and "callback_on_step_end" in self.model.options:
-            arguments["callback_on_step_end"] = _told(on_step)
+        if request.options_of(PipelineOptions).option:
+            with agreed(self.mesh):  # a file may have changed on one machine only
+                arguments = self.model.arguments(request)
+        else:
+            arguments = self.model.arguments(request)
+        fps = frame_rate(self.model.options, arguments)
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                arguments[name] = value.to(self.mesh.device_type)
+        if on_step is not None:
+            arguments |= _told(on_step, self.model.options)
         generator = torch.Generator().manual_seed(request.seed)
         self._refresh_schedulers()
+        if self.scheduler is not None:
+            self.pipeline.register_modules(scheduler=self.model.scheduler(request) or self.scheduler)
         try:
-            with seeded(request.seed):
-                output = self.pipeline(**arguments, generator=generator, output_type="pt", return_dict=False)[0]
+            with seeded(request.seed), self.stages.reporting(on_stage):
+                returned = self.pipeline(**arguments, generator=generator, output_type="pt")
         except ValueError as error:  # sizes it has no use for, say; before anything is sent
             raise self.model.refusal(request, error) from error
-        clip = output[0] if output[0].ndim == 4 else output[:1]
-        return clip.float() * 2 - 1
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            given = request.options_of(PipelineOptions).by_name
+            if self.stages.has_sampled or not given or is_collective_error(error):
+                raise
+            # What comes before the transformer's first call depends on what is given more than on anything else.
+            reason = shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+            flags = ", ".join(option_flag(*pair) for pair in given.items())
+            raise InputError(flags, f"a {self.model.kind} fails with this before it samples ({reason})") from error
+        outputs = outputs_of(returned, self.model.kind, fps, sampling_rate(self.model.folder, VOICES))
+        self.model.check_count(arguments, outputs)
+        return outputs
 
     def _refresh_schedulers(self) -> None:
         """Reset every scheduler to its state after loading.
@@ -259,32 +345,45 @@ class DiffusersRun:
             vars(scheduler).clear()
             vars(scheduler).update(copy.deepcopy(state))
 
-    def facts(self) -> dict[str, dict[str, str]]:
-        """The outcome of capture, the place of weights and the work on shards, by part, for `metrics.json`."""
+    def facts(self, request: Request) -> dict[str, dict[str, str]]:
+        """For `metrics.json`: the outcome of capture, where weights are, work on shards; digests of input files."""
         weights = {name: str(stored) for name, stored in self.parallel.weights.items()}
-        parts = {name: report.summary for name, report in self.parallel.report().items()}
-        return {"captured": self.parallel.captured(), "stored_weights": weights, "parts": parts}
+        return {
+            "captured": self.parallel.captured(),
+            "stored_weights": weights,
+            "parts": {name: report.summary for name, report in self.parallel.report().items()},
+            "inputs": self.model.inputs(request),
+        }
 
     @staticmethod
-    def done(request: Request, clip: Tensor) -> Request:
-        """The request with the sizes that the pipeline chose."""
-        frames, _, height, width = clip.shape
+    def done(request: Request, outputs: Outputs) -> Request:
+        """The request with the sizes that the pipeline chose; None for audio alone."""
+        frames, height, width = None, None, None
+        if outputs.videos:
+            frames, _, height, width = outputs.videos[0].shape
         return replace(request, frames=frames, height=height, width=width)
 
 
 def _numbers(request: Request) -> dict[str, int | float | None]:
     """Options of a request that a pipeline may have; None where they are left to it."""
     names = ("frames", "height", "width", "steps", "guidance_scale")
-    return {**{name: getattr(request, name) for name in names}, **vars(request.options_of(PipelineOptions))}
+    of_options = {"true_cfg_scale": request.options_of(PipelineOptions).true_cfg_scale}
+    return {**{name: getattr(request, name) for name in names}, **of_options}
 
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _told(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
-    def callback(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def _told(on_step: Callable[[int], None], options: CallOptions) -> dict[str, Any]:
+    """Arguments by which a pipeline calls `on_step` at the end of each step; none if it has no way to."""
+
+    def at_end(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step(step)
         return tensors
 
-    return callback
+    if "callback_on_step_end" in options:
+        return {"callback_on_step_end": at_end}
+    if "callback" in options and "callback_steps" in options:  # older ones
+        return {"callback": lambda step, time, latents: on_step(step), "callback_steps": 1}
+    return {}

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from meshdiff import InputError
-from meshdiff.cli.media import to_pixels, write_video
+from meshdiff.cli.media import to_pixels, write_outputs
 from meshdiff.cli.output import COMPLETE, output_folder
+from meshdiff.diffusion.outputs import Outputs
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -68,7 +69,7 @@ def test_a_clip_becomes_files_that_show_it(tmp_path):
     video = torch.full((10, 1, 32, 40), -1.0)
     for frame in range(10):
         video[frame, 0, 8:16, 4 * frame : 4 * frame + 4] = 1.0
-    write_video(video, tmp_path)
+    write_outputs(Outputs([video], fps=8), tmp_path)
     assert torch.equal(load_file(tmp_path / "video.safetensors")["video"], video)
     frames = imageio.mimread(tmp_path / "video.mp4")
     assert len(frames) == 10

@@ -37,6 +37,14 @@ def test_a_run_writes_everything_it_promises(one_process):
     assert metrics["guidance_scale"] == 4.0
     assert len(metrics["seconds_per_step"]) == 2
     assert metrics["seconds_total"] > sum(metrics["seconds_per_step"]) * 0.99
+    (phases,), (peaks,) = metrics["seconds_by_phase"], metrics["peak_memory_by_phase"]
+    assert phases.keys() == peaks.keys() == {"load", "encode", "sample", "decode", "write", "other"}
+    between = sum(phases.values()) - phases["load"] - phases["write"]
+    assert between == pytest.approx(metrics["seconds_total"])
+    assert phases["sample"] >= sum(metrics["seconds_per_step"]) * 0.99
+    assert phases["load"] > 0.001
+    assert phases["write"] > 0.001
+    assert max(peaks.values()) >= metrics["peak_memory_bytes"][0]
     assert len(metrics["peak_memory_bytes"]) == len(metrics["start_memory_bytes"]) == 1
     assert 2**20 < metrics["start_memory_bytes"][0] <= metrics["peak_memory_bytes"][0] < 2**33
     assert metrics["comms"] == {}
@@ -125,6 +133,8 @@ def test_wandb_logs_offline_what_the_metrics_say(tmp_path):
     (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
     log, metrics = read_log(path), json.loads((out / "metrics.json").read_text())
     assert log.summary["seconds_total"] == metrics["seconds_total"]
+    assert log.summary["seconds_by_phase/sample/rank0"] == metrics["seconds_by_phase"][0]["sample"]
+    assert log.summary["peak_memory_by_phase/load/rank0"] == metrics["peak_memory_by_phase"][0]["load"]
     assert "video" in {key.split("/")[0] for key in log.summary}
     assert log.config["prompt"] == "a 7 moving left"
     assert len(log.history["seconds_per_step"]) == 2

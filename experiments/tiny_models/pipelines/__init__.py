@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.tiny_models.pipelines import image, video
+from experiments.tiny_models.pipelines import audio, conditioned, image, video
 from experiments.tiny_models.wan_checkpoint import silence_libraries
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["CALLS", "PIPELINES"]
+__all__ = ["CALLS", "PIPELINES", "WITH_FILES"]
 
 
 def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
@@ -48,6 +48,17 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen-image": seeded(image.qwen_image),
 }
 """Builders; what they return is new and the same every time."""
+
+WITH_FILES: dict[str, Callable[[], DiffusionPipeline]] = {
+    "wan-i2v": seeded(conditioned.wan_image_to_video),
+    "wan-v2v": seeded(conditioned.wan_video_to_video),
+    "wan-vace": seeded(conditioned.wan_vace),
+    "flux-inpaint": seeded(conditioned.flux_inpaint),
+    "flux-control": seeded(conditioned.flux_control),
+    "stable-audio": seeded(audio.stable_audio),
+    "ltx2": seeded(audio.ltx2),
+}
+"""Builders of pipelines that take images or videos, or make audio."""
 
 TEXT = {
     "prompt": "a small cat walking on green grass",

@@ -15,18 +15,19 @@ from typing import Literal
 
 import tyro
 
-from experiments.tiny_models.pipelines import PIPELINES
+from experiments.tiny_models.pipelines import PIPELINES, WITH_FILES
 from meshdiff.cli.output import output_folder
 from meshdiff.errors import InputError
 
-Name = Literal["wan", "wan22", "ltx", "hunyuan-video", "cogvideox", "mochi", "flux", "sd3", "pixart", "qwen-image"]
+OfText = Literal["wan", "wan22", "ltx", "hunyuan-video", "cogvideox", "mochi", "flux", "sd3", "pixart", "qwen-image"]
+OfFiles = Literal["wan-i2v", "wan-v2v", "wan-vace", "flux-inpaint", "flux-control", "stable-audio", "ltx2"]
 
 
 @dataclass(frozen=True)
 class Config:
     """Write a tiny random pipeline."""
 
-    pipeline: tyro.conf.Positional[Name]
+    pipeline: tyro.conf.Positional[OfText | OfFiles]
     """The pipeline to write."""
     out: Path
     """Folder to write; must be empty or not exist."""
@@ -39,7 +40,7 @@ def write(config: Config) -> None:
         InputError: if the folder is not free, or a library is missing.
     """
     with output_folder(config.out) as folder:
-        PIPELINES[config.pipeline]().save_pretrained(folder)
+        {**PIPELINES, **WITH_FILES}[config.pipeline]().save_pretrained(folder)
 
 
 def main() -> int:
